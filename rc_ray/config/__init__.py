@@ -1,0 +1,35 @@
+"""Typed configuration. Imports neither ray, torch nor vllm."""
+
+from rc_ray.config.load import differences, fingerprint, load_config, result_fields, to_yaml
+from rc_ray.config.schema import (
+    ClassifierReward,
+    ClusterConfig,
+    Config,
+    EvaluationConfig,
+    GenerationConfig,
+    PoolConfig,
+    PromptsConfig,
+    RewardConfig,
+    RuleReward,
+    SelectionConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "ClassifierReward",
+    "ClusterConfig",
+    "Config",
+    "EvaluationConfig",
+    "GenerationConfig",
+    "PoolConfig",
+    "PromptsConfig",
+    "RewardConfig",
+    "RuleReward",
+    "SelectionConfig",
+    "TrainingConfig",
+    "differences",
+    "fingerprint",
+    "load_config",
+    "result_fields",
+    "to_yaml",
+]

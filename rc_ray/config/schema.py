@@ -1,0 +1,387 @@
+"""The typed configuration: every option, its default and its meaning, in one place.
+
+Invariant: this package imports neither ray, torch nor vllm, so a login node can validate a run in a fraction of a second.
+Defaults live here only. An unknown key, a wrong type or an impossible combination is a `ConfigError` (see `load.py`).
+
+    rc-ray plan my.yaml        # validates and prints the resolved configuration, starts nothing
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+NAME_PATTERN = re.compile(r"^[A-Za-z][A-Za-z0-9_]*$")
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, unknown keys forbidden, descriptions taken from the docstrings under the fields."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+def _deployment(default: Any = ..., **kwargs: Any) -> Any:
+    """A field that says where and how fast a run goes, not what comes out: left out of the run's fingerprint."""
+    return Field(default, json_schema_extra={"affects_results": False}, **kwargs)
+
+
+class PoolConfig(Section):
+    """One Ray Data actor pool of fixed size."""
+
+    size: int = Field(1, ge=1)
+    """Number of actors."""
+
+    num_cpus: float | None = Field(None, gt=0)
+    """Ray CPUs reserved per actor. None: chosen by the planner, with the reason printed."""
+
+    num_gpus: float | None = Field(None, ge=0)
+    """Ray GPUs reserved per actor. None: tensor x pipeline parallel size for generation and 1 for a reward model when the
+    cluster has GPUs, otherwise 0. Fractions put several actors on one GPU."""
+
+
+class PromptsConfig(Section):
+    """Where prompts come from."""
+
+    path: str
+    """A Parquet, JSONL or CSV file, a folder or glob of them, `hub:org/name` for a Hub dataset, or `embedded:NAME`."""
+
+    format: Literal["auto", "parquet", "jsonl", "csv"] = "auto"
+    """File format; `auto` goes by the file name's ending."""
+
+    column: str = "prompt"
+    """Column with the prompt: a string, or a list of chat messages `{role, content}` that ends with a user message."""
+
+    split: str = "train"
+    """Split of a Hub dataset. Ignored for files, hence an error when set for them."""
+
+    revision: str | None = None
+    """Git revision of a Hub dataset."""
+
+    system: str | None = None
+    """System message put before every prompt that has none."""
+
+    limit: int | None = Field(None, ge=1)
+    """Take only the first so many rows."""
+
+    @model_validator(mode="after")
+    def _hub_options(self) -> PromptsConfig:
+        if not self.path.startswith("hub:"):
+            for name in ("split", "revision"):
+                if name in self.model_fields_set and getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"`{name}` applies to Hub datasets only (path: hub:org/name); remove it")
+        return self
+
+
+class GenerationConfig(Section):
+    """How candidates are sampled with vLLM."""
+
+    num_candidates: int = Field(8, ge=2)
+    """N: answers sampled per prompt. At least 2, since a pair needs two."""
+
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature. Must be positive: greedy candidates are all alike."""
+
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus sampling mass."""
+
+    top_k: int = Field(0, ge=0)
+    """Sample among the k most likely tokens; 0 means all."""
+
+    max_tokens: int = Field(512, ge=1)
+    """Most tokens an answer may have. An answer cut here has finish_reason `length` and by default never wins a pair."""
+
+    max_model_len: int = Field(2048, ge=2)
+    """Context length in tokens. A prompt with prompt tokens + max_tokens > max_model_len is dropped as
+    `prompt_too_long`, so that no answer is cut short without a word."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights and activations. `auto`: bfloat16 on GPUs and on CPUs with AVX-512 BF16, float32 on other CPUs."""
+
+    stop: tuple[str, ...] = ()
+    """Strings that end an answer."""
+
+    engine: dict[str, Any] = {}
+    """Further vLLM engine arguments by vLLM's own names, e.g. `{tensor_parallel_size: 2, gpu_memory_utilization: 0.85}`;
+    checked against vLLM's list when the engine starts."""
+
+    pool: PoolConfig = _deployment(PoolConfig())
+    """The pool of vLLM engines."""
+
+    @model_validator(mode="after")
+    def _lengths(self) -> GenerationConfig:
+        if self.max_tokens >= self.max_model_len:
+            raise ValueError(
+                f"max_tokens ({self.max_tokens}) leaves no room for a prompt in max_model_len ({self.max_model_len}); "
+                "lower the first or raise the second"
+            )
+        owned = {"model", "seed", "dtype", "max_model_len", "revision"} & set(self.engine)
+        if owned:
+            raise ValueError(f"engine.{sorted(owned)[0]} has a field of its own in the configuration; set it there")
+        return self
+
+
+class ClassifierReward(Section):
+    """A Hugging Face sequence classifier with one logit."""
+
+    kind: Literal["classifier"]
+    """Reward from `AutoModelForSequenceClassification`."""
+
+    model: str
+    """Hub id, local folder, or `embedded:NAME`."""
+
+    revision: str | None = None
+    """Git revision of a Hub model."""
+
+    max_length: int | None = Field(None, ge=8)
+    """Most tokens of prompt and answer together; None takes the model's own limit. A longer text has no reward
+    (missing, with the reason), it is never cut."""
+
+    max_batch_tokens: int = Field(8192, ge=64)
+    """Padded tokens per forward pass."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """`auto`: bfloat16 on GPUs, float32 on CPUs."""
+
+    trust_remote_code: bool = False
+    """Run Python code from the model's repository. Off unless you trust this one model."""
+
+    pool: PoolConfig = _deployment(PoolConfig())
+    """This objective's actor pool."""
+
+
+class RuleReward(Section):
+    """A Python function over a batch of answers."""
+
+    kind: Literal["rule"]
+    """Reward from a function `f(prompts, answers, **args) -> list[float | None]`."""
+
+    function: str
+    """`module:name`, e.g. `rc_ray.rewards.rules:length_near`."""
+
+    args: dict[str, Any] = {}
+    """Keyword arguments of the function."""
+
+    pool: PoolConfig = _deployment(PoolConfig())
+    """This objective's actor pool."""
+
+    @field_validator("function")
+    @classmethod
+    def _module_and_name(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
+            raise ValueError("must be `module:name`, e.g. rc_ray.rewards.rules:length_near")
+        return value
+
+
+RewardConfig = Annotated[ClassifierReward | RuleReward, Field(discriminator="kind")]
+
+
+class SelectionConfig(Section):
+    """Which pair of a group becomes training data. Source: Reward Consistency, arXiv 2504.11337."""
+
+    strategy: Literal["rcs"] = "rcs"
+    """`rcs`: among the group's reward-consistent pairs take the one with the largest gap."""
+
+    consistency: Literal["strict", "weak"] = "strict"
+    """`strict`: r_k(w) - r_k(l) > margin_k for every objective. `weak`: >= margin_k for every one and > for at least one."""
+
+    margins: dict[str, float] = {}
+    """Margin per objective in that objective's own unit; 0 where not given. Negative values relax the rule."""
+
+    gap: Literal["standardized_sum", "sum", "min"] = "standardized_sum"
+    """`sum`: sum of differences. `standardized_sum`: each difference over its objective's scale first. `min`: smallest
+    standardised difference. The paper's own choice is not stated in what could be read, hence an option."""
+
+    scale: dict[str, float] | None = None
+    """Scale per objective. None: the standard deviation over all candidates, measured in one pass and kept in the
+    manifest."""
+
+    allow_truncated_winner: bool = False
+    """Whether an answer with finish_reason `length` may win."""
+
+    @field_validator("scale")
+    @classmethod
+    def _positive(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        for name, scale in (value or {}).items():
+            if scale <= 0:
+                raise ValueError(f"scale of {name} is {scale}; a scale must be positive")
+        return value
+
+
+class TrainingConfig(Section):
+    """DPO with TRL on Ray Train. Source: DPO, arXiv 2305.18290."""
+
+    enabled: bool = True
+    """False ends the run after selection: pairs are the product."""
+
+    num_workers: int = Field(2, ge=1)
+    """Ray Train workers (data parallel)."""
+
+    num_cpus_per_worker: float | None = _deployment(None, gt=0)
+    """Ray CPUs per worker. None: chosen by the planner."""
+
+    num_gpus_per_worker: float | None = _deployment(None, ge=0)
+    """Ray GPUs per worker. None: 1 when the cluster has GPUs, otherwise 0."""
+
+    beta: float = Field(0.1, gt=0)
+    """Strength of the pull to the reference model."""
+
+    loss_type: str = "sigmoid"
+    """Loss, by TRL's name."""
+
+    learning_rate: float = Field(1e-6, gt=0)
+    """Peak learning rate (AdamW, linear decay)."""
+
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up."""
+
+    num_epochs: float = Field(1.0, gt=0)
+    """Passes over the pairs."""
+
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after so many optimizer steps; None: as many as num_epochs makes."""
+
+    global_batch_size: int = Field(32, ge=1)
+    """Pairs per optimizer step over all workers. Must be a multiple of num_workers x per_device_batch_size."""
+
+    per_device_batch_size: int = _deployment(2, ge=1)
+    """Pairs per forward pass on one worker."""
+
+    max_length: int | None = Field(None, ge=16)
+    """Most tokens of prompt and answer. None: as long as the longest pair, so that nothing is cut. If set, longer pairs
+    are an error before training, never cut."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto`: bfloat16 mixed precision on GPUs, float32 on CPUs."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+
+    save_every_steps: int = _deployment(50, ge=1)
+    """Steps between checkpoints; at most so much work is lost when a worker or the driver dies."""
+
+    max_failures: int = _deployment(3, ge=0)
+    """Worker failures after which training gives up; each restarts from the last checkpoint."""
+
+    @model_validator(mode="after")
+    def _batch(self) -> TrainingConfig:
+        unit = self.num_workers * self.per_device_batch_size
+        if self.global_batch_size % unit:
+            raise ValueError(
+                f"global_batch_size ({self.global_batch_size}) is not a multiple of num_workers x per_device_batch_size "
+                f"({self.num_workers} x {self.per_device_batch_size}); set it to {max(unit, self.global_batch_size // unit * unit)}"
+            )
+        return self
+
+
+class EvaluationConfig(Section):
+    """Before/after comparison on held-out prompts."""
+
+    prompts: PromptsConfig | None = None
+    """Held-out prompts. None: no evaluation. Prompts that also occur in the training prompts are left out and counted."""
+
+    num_samples: int = Field(2, ge=1)
+    """Answers per prompt and policy."""
+
+    confidence: float = Field(0.95, gt=0, lt=1)
+    """Level of the bootstrap intervals."""
+
+    num_bootstrap: int = Field(2000, ge=100)
+    """Bootstrap resamples (of prompts)."""
+
+
+class ClusterConfig(Section):
+    """Where Ray runs. Nothing here changes what comes out."""
+
+    address: str | None = None
+    """None: join the cluster named by RAY_ADDRESS (as in `ray job submit`), else start a local one. `local`: always start
+    one. `auto` or `host:port`: join that one, or fail."""
+
+    num_cpus: int | None = Field(None, ge=1)
+    """Logical CPUs of a local cluster. None: the larger of 8 and the cores, since Ray's CPUs are tickets, not cores."""
+
+    task_cpus: float = Field(0.25, gt=0)
+    """Ray CPUs per small task (reading, selection, writing)."""
+
+    chunk_size: int = Field(16, ge=1)
+    """Prompts per ledger chunk: the unit that is committed, retried and lost at most by each pool actor in a kill."""
+
+    mode: Literal["auto", "streaming", "phased"] = "auto"
+    """`streaming`: rewards are computed while others are still generated. `phased`: generate all, then score; needs fewer
+    devices. `auto`: streaming where all pools fit at once."""
+
+    progress_interval_s: float = Field(5.0, gt=0)
+    """Seconds between progress lines."""
+
+
+class Config(Section):
+    """A whole run: prompts, candidates, rewards, selection, training, evaluation."""
+
+    model: str
+    """The policy: Hub id, local folder, or `embedded:NAME`."""
+
+    revision: str | None = None
+    """Git revision of a Hub policy."""
+
+    trust_remote_code: bool = False
+    """Run Python code from the policy's repository. Off unless you trust this one model."""
+
+    output: str = _deployment()
+    """The run directory: a path, or any URI that pyarrow reads (s3://, gs://, ...). Every node must reach it."""
+
+    seed: int = Field(0, ge=0)
+    """Seed of the whole run: sampling, training and bootstrap derive theirs from it."""
+
+    prompts: PromptsConfig
+    """The training prompts."""
+
+    generation: GenerationConfig = GenerationConfig()
+    """Sampling."""
+
+    rewards: dict[str, RewardConfig]
+    """One entry per objective."""
+
+    selection: SelectionConfig = SelectionConfig()
+    """The RC rule."""
+
+    training: TrainingConfig = TrainingConfig()
+    """DPO."""
+
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Before/after."""
+
+    cluster: ClusterConfig = _deployment(ClusterConfig())
+    """Ray."""
+
+    @field_validator("rewards")
+    @classmethod
+    def _names(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in value:
+            if not NAME_PATTERN.match(name):
+                raise ValueError(f"objective name {name!r} must be letters, digits and underscores, e.g. `helpful`")
+        return value
+
+    @model_validator(mode="after")
+    def _objectives(self) -> Config:
+        if self.selection.strategy == "rcs" and len(self.rewards) < 2:
+            raise ValueError(
+                f"rewards has {len(self.rewards)} objective(s), but selection.strategy rcs compares at least 2; "
+                "add another objective under `rewards`"
+            )
+        for field in ("margins", "scale"):
+            unknown = set(getattr(self.selection, field) or {}) - set(self.rewards)
+            if unknown:
+                raise ValueError(
+                    f"selection.{field} names {sorted(unknown)[0]!r}, which is not among the rewards "
+                    f"({', '.join(self.rewards)})"
+                )
+        if self.selection.scale is not None:
+            if self.selection.gap == "sum":
+                raise ValueError("selection.scale has no effect with gap: sum; remove one of the two")
+            absent = set(self.rewards) - set(self.selection.scale)
+            if absent:
+                raise ValueError(f"selection.scale lacks {sorted(absent)[0]!r}; give a scale for every objective or none")
+        return self

@@ -1,0 +1,42 @@
+"""Intervals for before/after comparisons.
+
+Invariant: resampling is over prompts, the independent unit, and seeded, so the same data give the same interval.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with the ends of its bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap_mean(values: NDArray[np.floating[Any]], confidence: float, num_bootstrap: int, seed: int) -> Interval:
+    """Percentile bootstrap of a mean (Efron 1979).
+
+    Args:
+        values: (P,), one value per prompt, finite.
+        confidence: level, e.g. 0.95.
+        num_bootstrap: resamples.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: no value.
+    """
+    data = np.asarray(values, dtype=np.float64)
+    if data.size == 0:
+        raise ValueError("no value to take a mean of")
+    rng = np.random.default_rng(seed)
+    means = np.array([data[rng.integers(0, data.size, data.size)].mean() for _ in range(num_bootstrap)])
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(data.mean()), float(low), float(high))

@@ -1,0 +1,1 @@
+"""Sampling: the vLLM engine, its CPU settings, and prompt rendering."""

@@ -1,0 +1,168 @@
+"""A vLLM engine in a thread of ours: groups join while others decode, so the engine does not drain between blocks.
+
+`submit` may be called from many threads; each group is one request with `n` candidates and comes back whole. The thread owns
+the engine: nothing else touches it. Invariant: every submitted group ends with N candidates or with an error; when the
+engine dies, all groups in flight get that error.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from rc_ray.config import GenerationConfig
+from rc_ray.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One sampled answer. `token_ids` includes the end token; `logprob` is summed over `token_ids`, in nats."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    seed: int
+    logprob: float
+
+
+@dataclass(frozen=True)
+class _Request:
+    prompt_ids: list[int]
+    seed: int
+    future: Future[list[Candidate]]
+
+
+class EngineDied(RuntimeError):
+    """The engine cannot go on; its process must be replaced."""
+
+
+class SamplingEngine:
+    """Samples N candidates per prompt with one vLLM engine.
+
+    Environment variables that vLLM reads (see `hardware.cpu_engine_environment`) must be set before.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        config: GenerationConfig,
+        dtype: str,
+        on_gpu: bool,
+        num_candidates: int | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        from vllm import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        arguments: dict[str, Any] = {
+            "enable_prefix_caching": True,
+            "max_num_seqs": 256 if on_gpu else 32,
+            "disable_log_stats": True,
+        }
+        if not on_gpu:
+            # Compilation costs minutes and gains nothing here; seeded requests that are prefilled in chunks kill the CPU engine.
+            arguments |= {"enforce_eager": True, "enable_chunked_prefill": False}
+        unknown = set(config.engine) - set(EngineArgs.__dataclass_fields__)
+        if unknown:
+            raise ConfigError(
+                f"generation.engine.{sorted(unknown)[0]} = {config.engine[sorted(unknown)[0]]!r}: vLLM has no such engine argument; "
+                "see `vllm serve --help` for the names"
+            )
+        arguments |= config.engine
+        arguments.setdefault("max_num_batched_tokens", max(config.max_model_len, 4096))
+        self._config = config
+        self._num_candidates = num_candidates or config.num_candidates
+        self._engine = LLMEngine.from_engine_args(
+            EngineArgs(
+                model=model,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                dtype=dtype,  # type: ignore[arg-type]
+                max_model_len=config.max_model_len,
+                seed=0,
+                **arguments,
+            )
+        )
+        self._queue: queue.SimpleQueue[_Request] = queue.SimpleQueue()
+        self._on_tokens: Callable[[int], None] | None = None
+        self._died: BaseException | None = None
+        threading.Thread(target=self._loop, name="vllm-engine", daemon=True).start()
+
+    def submit(self, prompt_ids: list[int], seed: int) -> Future[list[Candidate]]:
+        """Queues one group; candidate i is sampled with seed + i.
+
+        Returns:
+            A future of N candidates in index order. It raises `EngineDied` when the engine is gone and vLLM's own error when the
+            request was refused.
+        """
+        future: Future[list[Candidate]] = Future()
+        if self._died is not None:
+            future.set_exception(EngineDied(str(self._died)))
+        else:
+            self._queue.put(_Request(prompt_ids, seed, future))
+        return future
+
+    def _loop(self) -> None:
+        in_flight: dict[str, _Request] = {}
+        number = 0
+        try:
+            while True:
+                # Wait only when nothing decodes; otherwise take what has arrived and go on stepping.
+                while not in_flight or not self._queue.empty():
+                    request = self._queue.get()
+                    number += 1
+                    try:
+                        in_flight[self._add(str(number), request)] = request
+                    except Exception as error:  # vLLM refuses this one request; the others go on
+                        request.future.set_exception(error)
+                for output in self._engine.step():
+                    if output.finished:
+                        done = in_flight.pop(output.request_id)
+                        done.future.set_result(self._candidates(output, done.seed))
+        except BaseException as error:
+            self._died = error
+            for request in in_flight.values():
+                request.future.set_exception(EngineDied(f"{type(error).__name__}: {error}"))
+            while not self._queue.empty():
+                self._queue.get().future.set_exception(EngineDied(f"{type(error).__name__}: {error}"))
+
+    def _add(self, name: str, request: _Request) -> str:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        self._engine.add_request(
+            name,
+            {"prompt_token_ids": request.prompt_ids},
+            SamplingParams(
+                n=self._num_candidates,
+                seed=request.seed,
+                temperature=self._config.temperature,
+                top_p=self._config.top_p,
+                top_k=self._config.top_k,
+                max_tokens=self._config.max_tokens,
+                stop=list(self._config.stop),
+                logprobs=0,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            ),
+        )
+        return name
+
+    def _candidates(self, output: Any, seed: int) -> list[Candidate]:
+        outputs = sorted(output.outputs, key=lambda o: o.index)
+        if [o.index for o in outputs] != list(range(self._num_candidates)):
+            raise EngineDied(f"vLLM returned candidates {[o.index for o in outputs]} of {self._num_candidates}")
+        return [
+            Candidate(
+                text=o.text,
+                token_ids=list(o.token_ids),
+                finish_reason=str(o.finish_reason),
+                seed=seed + o.index,
+                logprob=float(o.cumulative_logprob),
+            )
+            for o in outputs
+        ]

@@ -1,0 +1,30 @@
+"""Chat messages to prompt token ids: the template is applied once, and vLLM gets ids, never text.
+
+Sending templated text lets the engine's tokenizer add a second BOS; ids cannot be changed on the way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rc_ray.core.ids import Message
+from rc_ray.errors import ModelError
+
+
+class PromptRenderer:
+    """Renders messages with the policy's own tokenizer and chat template."""
+
+    def __init__(self, model: str, revision: str | None = None, trust_remote_code: bool = False) -> None:
+        from transformers import AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+        if not self.tokenizer.chat_template:
+            raise ModelError(
+                f"model = {model!r}: its tokenizer has no chat template, so messages cannot be rendered; use an instruction-tuned "
+                "model, or save a chat_template with the tokenizer"
+            )
+
+    def __call__(self, messages: list[Message]) -> list[int]:
+        """Token ids up to and including the marker where the assistant's answer begins."""
+        ids: Any = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        return [int(i) for i in ids]

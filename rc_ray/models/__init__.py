@@ -1,0 +1,1 @@
+"""Where a model name leads: Hub id, local folder, or a model embedded in a package."""

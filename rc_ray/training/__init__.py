@@ -1,0 +1,1 @@
+"""Training: DPO with TRL on Ray Train, and Bradley–Terry reward models."""
