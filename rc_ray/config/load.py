@@ -148,7 +148,7 @@ def result_fields(section: BaseModel) -> dict[str, Any]:
         elif isinstance(value, dict):
             value = {k: result_fields(v) if isinstance(v, BaseModel) else v for k, v in value.items()}
         fields[name] = value
-    return json.loads(json.dumps(fields))
+    return dict(json.loads(json.dumps(fields)))
 
 
 def fingerprint(config: Config) -> str:

@@ -21,9 +21,7 @@ CANDIDATE = pa.struct(
 )
 PROMPT = pa.schema([("prompt_id", pa.string()), ("prompt", MESSAGES)])
 # failure/failure_detail: a drop reason that generation found (prompt_too_long, generation_failed), null otherwise.
-GROUP = pa.schema(
-    [*PROMPT, ("candidates", pa.list_(CANDIDATE)), ("failure", pa.string()), ("failure_detail", pa.string())]
-)
+GROUP = pa.schema([*PROMPT, ("candidates", pa.list_(CANDIDATE)), ("failure", pa.string()), ("failure_detail", pa.string())])
 DROP = pa.schema([("prompt_id", pa.string()), ("reason", pa.string()), ("stage", pa.string()), ("detail", pa.string())])
 
 REWARD_PREFIX = "reward."

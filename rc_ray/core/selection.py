@@ -64,10 +64,11 @@ def consistency_matrix(
         raise ValueError("rewards holds NaN or infinity; leave out groups with a missing reward first")
     margin = np.zeros(values.shape[1]) if margins is None else np.asarray(margins, dtype=np.float64)
     difference = values[:, None, :] - values[None, :, :]
+    matrix: NDArray[np.bool_]
     if consistency == "strict":
-        matrix = (difference > margin).all(axis=2)
+        matrix = np.all(difference > margin, axis=2)
     else:
-        matrix = (difference >= margin).all(axis=2) & (difference > margin).any(axis=2)
+        matrix = np.all(difference >= margin, axis=2) & np.any(difference > margin, axis=2)
     np.fill_diagonal(matrix, False)
     return matrix
 
@@ -77,9 +78,9 @@ def gap_matrix(rewards: NDArray[np.floating[Any]], gap: str, scale: NDArray[np.f
     values = np.asarray(rewards, dtype=np.float64)
     difference = values[:, None, :] - values[None, :, :]
     if gap == "sum":
-        return difference.sum(axis=2)
+        return np.asarray(difference.sum(axis=2))
     standardized = difference / np.asarray(scale, dtype=np.float64)
-    return standardized.sum(axis=2) if gap == "standardized_sum" else standardized.min(axis=2)
+    return np.asarray(standardized.sum(axis=2) if gap == "standardized_sum" else standardized.min(axis=2))
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,7 @@ class RewardMoments:
         return cls(count, total, squared)
 
     def __add__(self, other: RewardMoments) -> RewardMoments:
-        return RewardMoments(
-            self.count + other.count, self.total + other.total, self.total_squared + other.total_squared
-        )
+        return RewardMoments(self.count + other.count, self.total + other.total, self.total_squared + other.total_squared)
 
     def scale(self) -> NDArray[np.float64]:
         """Standard deviation per objective, (K,); 1 where an objective never varies, which then adds nothing anyway."""
@@ -136,7 +135,9 @@ def select_pairs(groups: pa.Table, config: SelectionConfig, scale: dict[str, flo
     objectives = schemas.scored_objectives(groups.schema)
     for needed in ("prompt_id", "prompt", "candidates"):
         if needed not in groups.column_names:
-            raise DataError(f"groups have no column {needed!r} (columns: {', '.join(groups.column_names)}); run `rc-ray sample`")
+            raise DataError(
+                f"groups have no column {needed!r} (columns: {', '.join(groups.column_names)}); run `rc-ray sample`"
+            )
     if not objectives:
         raise DataError(f"groups have no {schemas.REWARD_PREFIX}* column; run `rc-ray score` on them first")
     known = config.scale or scale
@@ -194,7 +195,11 @@ def _select_one(
         truncated = np.asarray([candidate["finish_reason"] == "length" for candidate in candidates])
         consistent &= ~truncated[:, None]
         if not consistent.any():
-            return "winner_truncated", STAGE, f"every consistent winner was cut at max_tokens ({truncated.sum()} of {len(texts)} answers)"
+            return (
+                "winner_truncated",
+                STAGE,
+                f"every consistent winner was cut at max_tokens ({truncated.sum()} of {len(texts)} answers)",
+            )
     gaps = np.where(consistent, gap_matrix(rewards, config.gap, scales), -np.inf)
     # argmax takes the first of equal gaps in row-major order: lowest winner, then lowest loser.
     winner, loser = (int(i) for i in np.unravel_index(np.argmax(gaps), gaps.shape))

@@ -33,7 +33,11 @@ class Ledger:
 
     def done(self, stage: str) -> set[int]:
         """Chunks that a stage has committed."""
-        return {int(name[len("chunk-") : -len(".json")]) for name in (self.folder / stage).names(".json") if name.startswith("chunk-")}
+        return {
+            int(name[len("chunk-") : -len(".json")])
+            for name in (self.folder / stage).names(".json")
+            if name.startswith("chunk-")
+        }
 
     def commit(self, stage: str, chunk: int, counts: dict[str, Any], files: dict[Folder, pa.Table]) -> None:
         """Writes a chunk's tables, one file per folder, then the record that makes them count."""

@@ -91,7 +91,9 @@ def open_existing(uri: str) -> RunDir:
     """
     root = Folder.at(uri)
     if not (root.exists("config.yaml") and root.exists("manifest.json")):
-        raise DataError(f"{root.uri!r} is not a run directory (no config.yaml and manifest.json); start one with `rc-ray run CONFIG`")
+        raise DataError(
+            f"{root.uri!r} is not a run directory (no config.yaml and manifest.json); start one with `rc-ray run CONFIG`"
+        )
     return RunDir(root)
 
 

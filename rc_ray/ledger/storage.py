@@ -46,9 +46,12 @@ class Folder:
         if self.is_local:
             return pafs.LocalFileSystem(), self.uri
         try:
-            return pafs.FileSystem.from_uri(self.uri)
+            filesystem, path = pafs.FileSystem.from_uri(self.uri)
+            return filesystem, str(path)
         except (pa.ArrowInvalid, OSError, ImportError) as error:
-            raise DataError(f"cannot open {self.uri!r}: {error}; use a local path or a URI that pyarrow reads (s3://, gs://)") from None
+            raise DataError(
+                f"cannot open {self.uri!r}: {error}; use a local path or a URI that pyarrow reads (s3://, gs://)"
+            ) from None
 
     def __truediv__(self, name: str) -> Folder:
         return Folder(f"{self.uri}/{name}")

@@ -32,14 +32,18 @@ def check_model(field: str, name: str, revision: str | None = None) -> None:
     elif Path(name).expanduser().is_dir():
         _check_files(field, name, os.listdir(Path(name).expanduser()))
     elif name.startswith(("/", "./", "../", "~")) or not HUB_ID.match(name):
-        raise ModelError(f"{field} = {name!r}: the folder does not exist; give a Hugging Face folder, a Hub id, or `embedded:NAME`")
+        raise ModelError(
+            f"{field} = {name!r}: the folder does not exist; give a Hugging Face folder, a Hub id, or `embedded:NAME`"
+        )
     else:
         _check_hub(field, name, revision)
 
 
 def _check_files(field: str, name: str, files: list[str]) -> None:
     if "config.json" not in files:
-        raise ModelError(f"{field} = {name!r}: the folder has no config.json, so it is no Hugging Face model folder; check the path")
+        raise ModelError(
+            f"{field} = {name!r}: the folder has no config.json, so it is no Hugging Face model folder; check the path"
+        )
     if not any(file.endswith(".safetensors") for file in files):
         raise ModelError(
             f"{field} = {name!r}: the folder has no .safetensors weights (pickled weights are not read, they can run code); "

@@ -44,7 +44,9 @@ def read_preferences(path: str) -> tuple[list[Preference], Counter[str]]:
     """
     file = EMBEDDED.get(path.removeprefix("embedded:"), Path("/nonexistent")) if path.startswith("embedded:") else Path(path)
     if not file.is_file():
-        raise DataError(f"pairs = {path!r}: no such file; give a JSONL, JSON or Parquet file, or {', '.join('embedded:' + n for n in EMBEDDED)}")
+        raise DataError(
+            f"pairs = {path!r}: no such file; give a JSONL, JSON or Parquet file, or {', '.join('embedded:' + n for n in EMBEDDED)}"
+        )
     pairs: list[Preference] = []
     left_out: Counter[str] = Counter()
     for number, row in enumerate(_rows(file)):
@@ -78,7 +80,9 @@ def _parse(row: dict[str, Any], where: str) -> Preference | str:
         better, worse = row["text"][:2] if first > second else row["text"][1::-1]
         return _from_transcripts(better, worse)
     if "chosen" not in row or "rejected" not in row:
-        raise DataError(f"{where}: columns {sorted(row)} are no preference; expected prompt/chosen/rejected, chosen/rejected or text/score")
+        raise DataError(
+            f"{where}: columns {sorted(row)} are no preference; expected prompt/chosen/rejected, chosen/rejected or text/score"
+        )
     if "prompt" not in row:
         return _from_transcripts(row["chosen"], row["rejected"])
     prompt = row["prompt"]

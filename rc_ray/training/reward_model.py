@@ -165,13 +165,14 @@ def _train(
 ) -> RewardTrainingResult:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+    from transformers.trainer_callback import PrinterCallback
     from transformers.trainer_utils import set_seed
 
     started = time.monotonic()
     set_seed(options.seed)
     path = local_model(options.base)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # a new head is expected, and reported as a defect
     model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32)
 
     num_cut = 0
@@ -182,7 +183,7 @@ def _train(
         for p in preferences:
             sides = []
             for answer in (p.chosen, p.rejected):
-                if len(tokenizer(answer)["input_ids"]) + 1 > options.max_length:
+                if len(tokenizer(answer)["input_ids"]) + 2 > options.max_length:  # leaves room for a prompt token
                     break
                 sides.append(encode(tokenizer, p.messages, answer, options.max_length))
                 num_cut += len(encode(tokenizer, p.messages, answer)["input_ids"]) > options.max_length
@@ -211,7 +212,11 @@ def _train(
 
     train_rows, test_rows = encode_pairs(train), encode_pairs(test)
     total = round(len(train_rows) * options.num_epochs)
-    body = {name for name, _ in model.named_parameters() if name.startswith(f"{model.base_model_prefix}.") and ".pooler." not in name}
+    body = {
+        name
+        for name, _ in model.named_parameters()
+        if name.startswith(f"{model.base_model_prefix}.") and ".pooler." not in name
+    }
     groups = [
         {"params": [p for n, p in model.named_parameters() if n in body], "lr": options.learning_rate},
         {"params": [p for n, p in model.named_parameters() if n not in body], "lr": options.head_learning_rate},
@@ -230,6 +235,7 @@ def _train(
             logging_steps=5,
             report_to="none",
             disable_tqdm=True,
+            dataloader_pin_memory=False,
             remove_unused_columns=False,
         ),
         train_dataset=train_rows,  # type: ignore[arg-type]
@@ -237,7 +243,7 @@ def _train(
         optimizers=(torch.optim.AdamW(groups, weight_decay=0.01), None),
         callbacks=[Report()],
     )
-    trainer.pop_callback(__import__("transformers").trainer_callback.PrinterCallback)
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
 
     model.eval()

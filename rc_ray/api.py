@@ -1,0 +1,290 @@
+"""The Python interface: a whole run, and each stage as a function on Ray Datasets or paths.
+
+Two ways to use a stage:
+
+* On a **run directory** (no data argument): resumable, committed chunk by chunk. `sample(config)` runs the stage there and
+  returns its result as a Dataset.
+* On **your own data**: `sample(config, prompts)`, `score(config, groups)`, `select(config, groups)`, `train(config, pairs, output)`.
+  Datasets in, lazy Datasets out, as everywhere in Ray Data: nothing is computed before it is consumed, and nothing is kept for
+  a resume; call `.materialize()` or write it out to keep it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pyarrow as pa
+
+from rc_ray.config import Config, PromptsConfig, load_config
+from rc_ray.core import schemas
+from rc_ray.core.ids import bad_row_id, prompt_id
+from rc_ray.core.selection import RewardMoments, select_pairs
+from rc_ray.errors import ConfigError, DataError
+from rc_ray.ledger import rundir
+from rc_ray.ledger.storage import Folder
+from rc_ray.pipeline import run as pipeline
+from rc_ray.pipeline import stages
+from rc_ray.pipeline.plan import Plan, make_plan
+from rc_ray.pipeline.preview import plan
+from rc_ray.pipeline.prompts import BadRow, check_source, read_cells, to_messages
+from rc_ray.pipeline.run import ConfigSource, RunResult
+from rc_ray.training.reward_model import train_reward
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+__all__ = ["Selection", "evaluate", "plan", "report", "run", "sample", "score", "select", "train", "train_reward"]
+
+
+class Selection(NamedTuple):
+    """Pairs and drops of a selection; together they have one row per group."""
+
+    pairs: Dataset
+    drops: Dataset
+
+
+def run(config: ConfigSource, overrides: Iterable[str] = (), *, emit: stages.Emit = print) -> RunResult:
+    """Runs all stages in the run directory `config.output`, or resumes there. See `rc_ray.pipeline.run.run`."""
+    result = pipeline.run(config, overrides, emit=emit)
+    assert result is not None
+    return result
+
+
+def sample(config: ConfigSource, prompts: Dataset | str | None = None, *, overrides: Iterable[str] = ()) -> Dataset:
+    """Samples N candidates per prompt with vLLM.
+
+    Args:
+        config: see `run`.
+        prompts: None samples the prompts of the configuration into its run directory. A path or a Dataset with the column
+            `config.prompts.column` gives a lazy Dataset of groups instead.
+
+    Returns:
+        Groups (`rc_ray.core.schemas.GROUP`), one row per row of the source; a row that holds no prompt, or a prompt that
+        occurred before, is a group without candidates whose `failure` says why.
+    """
+    resolved = load_config(config, overrides)
+    if prompts is None:
+        pipeline.run(resolved, only="sample")
+        return _read_groups(resolved)
+    from rc_ray.pipeline.graph import attach_generation, policy_of
+
+    plan = _connect(resolved)
+    if isinstance(prompts, str):
+        source = resolved.prompts.model_copy(update={"path": prompts})
+        check_source("prompts", source)
+        cells: Iterator[Any] = read_cells("prompts", source)
+    else:
+        column = resolved.prompts.column
+        if column not in (prompts.columns() or []):
+            raise DataError(
+                f"prompts.column = {column!r}: the Dataset has no such column (it has: {', '.join(prompts.columns() or [])})"
+            )
+        cells = (row[column] for row in prompts.iter_rows())
+    import ray
+
+    blocks = list(_prompt_blocks(cells, resolved.prompts, resolved.cluster.chunk_size))
+    if not blocks:
+        raise DataError("prompts: there is no row to sample")
+    return attach_generation(ray.data.from_arrow(blocks), policy_of(resolved), plan)
+
+
+def score(config: ConfigSource, groups: Dataset | str | None = None, *, overrides: Iterable[str] = ()) -> Dataset:
+    """Adds the rewards of every objective to groups.
+
+    Args:
+        config: see `run`.
+        groups: None scores the candidates of the run directory. A folder of Parquet files or a Dataset with `prompt` and
+            `candidates` gives a lazy Dataset instead.
+    """
+    resolved = load_config(config, overrides)
+    if groups is None:
+        pipeline.run(resolved, only="score")
+        return _read_groups(resolved)
+    from rc_ray.pipeline.graph import attach_rewards
+
+    plan = _connect(resolved)
+    return attach_rewards(_dataset(groups, "groups"), resolved, plan)
+
+
+def select(config: ConfigSource, groups: Dataset | str | None = None, *, overrides: Iterable[str] = ()) -> Selection:
+    """Applies the RC rule as a distributed map.
+
+    Args:
+        config: see `run`.
+        groups: None selects from the run directory. A folder of Parquet files or a Dataset of scored groups gives Datasets
+            instead; the groups are materialised, since a scale over all the data needs a pass before the selection.
+    """
+    resolved = load_config(config, overrides)
+    if groups is None:
+        pipeline.run(resolved, only="select")
+        import ray
+
+        _connect(resolved)
+        run_dir = rundir.open_existing(resolved.output)
+        return Selection(ray.data.read_parquet(run_dir.pairs.uri), ray.data.read_parquet(run_dir.drops.uri))
+    _connect(resolved)
+    scored = _dataset(groups, "groups").materialize()
+    objectives = [n.removeprefix(schemas.REWARD_PREFIX) for n in scored.columns() or [] if n.startswith(schemas.REWARD_PREFIX)]
+    if not objectives:
+        raise DataError(f"groups have no {schemas.REWARD_PREFIX}* column; run `score` on them first")
+    scale = _scale(scored, objectives)
+
+    def pairs(table: pa.Table) -> pa.Table:
+        return select_pairs(table, resolved.selection, scale).pairs
+
+    def drops(table: pa.Table) -> pa.Table:
+        return select_pairs(table, resolved.selection, scale).drops
+
+    return Selection(scored.map_batches(pairs, batch_format="pyarrow"), scored.map_batches(drops, batch_format="pyarrow"))
+
+
+def train(
+    config: ConfigSource, pairs: Dataset | str | None = None, output: str | None = None, *, overrides: Iterable[str] = ()
+) -> str:
+    """Trains the policy with DPO on Ray Train and returns its folder.
+
+    Args:
+        config: see `run`.
+        pairs: None trains on the pairs of the run directory. Otherwise a folder of Parquet files or a Dataset with `prompt`,
+            `chosen`, `rejected` as message lists.
+        output: where the policy goes when `pairs` is given; must be new.
+    """
+    resolved = load_config(config, overrides)
+    if pairs is None:
+        pipeline.run(resolved, only="train")
+        return f"{rundir.open_existing(resolved.output).model.uri}"
+    if output is None:
+        raise ConfigError("train: `output` is missing; with pairs of your own, say where the policy goes")
+    folder = Folder.at(output)
+    if not folder.is_empty():
+        raise DataError(f"output = {output!r}: the folder is not empty; give a new one")
+    from rc_ray.pipeline.progress import live_progress
+    from rc_ray.training.dpo import train_dpo
+
+    plan = _connect(resolved)
+    work = Folder(f"{folder.uri}.training")
+    if isinstance(pairs, str):
+        source = Folder.at(pairs)
+    else:
+        source = work / "pairs"
+        pairs.write_parquet(source.uri)
+    with live_progress(resolved.cluster.progress_interval_s, print) as board:
+        train_dpo(resolved, source, folder, work, plan.train_cpus, plan.train_gpus, board)
+    return folder.uri
+
+
+def evaluate(config: ConfigSource, model: str | None = None, *, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Rewards on held-out prompts before and after training.
+
+    Args:
+        config: see `run`; needs `evaluation.prompts`.
+        model: None evaluates the policy that the run trained. Otherwise a model to compare with `config.model`.
+
+    Returns:
+        The comparison as in metrics.json.
+    """
+    resolved = load_config(config, overrides)
+    if resolved.evaluation.prompts is None:
+        raise ConfigError("evaluation.prompts: missing; give held-out prompts to evaluate on")
+    if model is None:
+        pipeline.run(resolved, only="evaluate")
+        return dict(rundir.open_existing(resolved.output).ledger.facts(stages.EVALUATE))
+    from rc_ray.evaluation.compare import compare
+    from rc_ray.models.resolve import check_model
+    from rc_ray.pipeline.graph import attach_generation, attach_rewards, policy_of
+
+    check_model("model", model)
+    import ray
+
+    plan = _connect(resolved)
+    tables = []
+    held_out = resolved.evaluation.prompts
+    cells = read_cells("evaluation.prompts", held_out)
+    prompts = ray.data.from_arrow(list(_prompt_blocks(cells, held_out, resolved.cluster.chunk_size)))
+    for name in (None, model):
+        groups = attach_generation(prompts, policy_of(resolved, name, resolved.evaluation.num_samples), plan)
+        tables.append(_table(attach_rewards(groups, resolved, plan)))
+    before, after = tables
+    return compare(before, after, list(resolved.rewards), resolved.evaluation, resolved.seed).as_dict()
+
+
+def report(run_directory: str) -> str:
+    """Writes metrics.json, report/index.html and README.md of a run directory again; returns the path of the report."""
+    run_dir = rundir.open_existing(run_directory)
+    stages.report(run_dir.config(), run_dir)
+    return f"{run_dir.report.uri}/index.html"
+
+
+def _connect(config: Config) -> Plan:
+    """Connects this driver (and leaves it connected, since Datasets are lazy) and plans the pools."""
+    from rc_ray.pipeline.cluster import connect
+
+    stages.build_models(config, print)
+    cluster, _ = connect(config.cluster)
+    return make_plan(config, cluster.cpus, cluster.gpus, cluster.num_nodes)
+
+
+def _read_groups(config: Config) -> Dataset:
+    import ray
+
+    _connect(config)
+    return ray.data.read_parquet(rundir.open_existing(config.output).candidates.uri)
+
+
+def _dataset(source: Dataset | str, what: str) -> Dataset:
+    if not isinstance(source, str):
+        return source
+    import ray
+
+    folder = Folder.at(source)
+    if not folder.exists():
+        raise DataError(f"{what} = {source!r}: no such file or folder; give Parquet files")
+    return ray.data.read_parquet(folder.uri)
+
+
+def _table(dataset: Dataset) -> pa.Table:
+    import ray
+
+    return pa.concat_tables(ray.get(dataset.to_arrow_refs()))
+
+
+def _prompt_blocks(cells: Iterator[Any], source: PromptsConfig, chunk_size: int) -> Iterator[pa.Table]:
+    """Groups without candidates, in blocks of `chunk_size`; bad and repeated rows carry their failure."""
+    seen: set[str] = set()
+    rows: list[dict[str, Any]] = []
+    for number, cell in enumerate(cells):
+        messages = to_messages(cell.tolist() if hasattr(cell, "tolist") else cell, source.column, source.system)
+        failure: str | None = None
+        detail: str | None = None
+        if isinstance(messages, BadRow):
+            identity = bad_row_id("dataset", number, repr(cell))
+            failure, detail = messages.reason, f"row {number + 1}: {messages.detail}"
+        else:
+            identity = prompt_id(messages)
+            if identity in seen:
+                failure, detail = "duplicate_prompt", f"row {number + 1}"
+            seen.add(identity)
+        rows.append(
+            {
+                "prompt_id": identity,
+                "prompt": [] if isinstance(messages, BadRow) else messages,
+                "candidates": [] if failure else None,
+                "failure": failure,
+                "failure_detail": detail,
+            }
+        )
+        if len(rows) == chunk_size:
+            yield pa.Table.from_pylist(rows, schema=schemas.GROUP)
+            rows = []
+    if rows:
+        yield pa.Table.from_pylist(rows, schema=schemas.GROUP)
+
+
+def _scale(groups: Dataset, objectives: list[str]) -> dict[str, float]:
+    import ray
+
+    # In the order of prompt ids, so that the sums do not depend on how the data are split into blocks.
+    columns = ["prompt_id", *(schemas.reward_column(name) for name in objectives)]
+    table = pa.concat_tables(ray.get(groups.select_columns(columns).to_arrow_refs())).sort_by("prompt_id")
+    return dict(zip(objectives, RewardMoments.of(table, objectives).scale().tolist(), strict=True))

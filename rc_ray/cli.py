@@ -1,0 +1,237 @@
+"""The command line: parses, calls the Python interface, prints. See `rc-ray --help`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rc_ray.errors import ConfigError, RcRayError
+
+DESCRIPTION = """Sample answers from a policy, score them under several objectives, keep the pairs on which all agree
+(Reward Consistency, arXiv 2504.11337), and train with DPO, on Ray."""
+
+EXAMPLES = """examples:
+  rc-ray doctor                                        is this machine ready?
+  rc-ray plan my.yaml                                  validate; show pools, tokens and rough time; start nothing
+  rc-ray run my.yaml --set generation.num_candidates=8 run all stages in the directory `output`; again: resume
+  rc-ray select runs/demo                              one stage of an existing run directory
+  rc-ray score my.yaml --input groups/ --output scored/  one stage on data of your own
+"""
+
+STAGE_HELP = {
+    "sample": ("sample candidates with vLLM", "prompts: Parquet, JSONL or CSV", "folder for the groups"),
+    "score": ("add the rewards of every objective", "folder with groups in Parquet", "folder for the scored groups"),
+    "select": ("apply the RC rule", "folder with scored groups in Parquet", "folder for pairs/ and drops/"),
+    "train": ("train the policy with DPO", "folder with pairs in Parquet", "folder for the policy"),
+    "evaluate": (
+        "compare rewards before and after on held-out prompts",
+        "model to compare with the configured one",
+        "JSON file",
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `rc-ray`; returns the exit code (2 configuration, 3 data, 4 model, 5 cluster, 6 resume)."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    # Ray and Hugging Face libraries read these when they are imported, which happens later.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        return int(options.handler(options) or 0)
+    except RcRayError as error:
+        print(f"rc-ray: {type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("rc-ray: interrupted; what was committed is kept, run the same command again to resume", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rc-ray", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run", help="run all stages, or resume", description="Runs all stages; on an existing run directory, resumes."
+    )
+    _config_options(run, "YAML file, `embedded:demo`, or an existing run directory")
+    run.set_defaults(handler=_run)
+
+    for name, (help_text, input_help, output_help) in STAGE_HELP.items():
+        stage = commands.add_parser(
+            name,
+            help=help_text,
+            description=f"Stage `{name}`: {help_text}. On a run directory it is resumable; with --input and --output it works on data "
+            "of your own, in one go.",
+        )
+        _config_options(stage, "run directory, YAML file, or `embedded:demo`")
+        stage.add_argument("--input", help=input_help)
+        stage.add_argument("--output", help=f"{output_help}; with --input only")
+        stage.set_defaults(handler=_stage)
+
+    report = commands.add_parser(
+        "report", help="write the report again", description="Writes metrics.json, report/index.html and README.md."
+    )
+    report.add_argument("run_directory")
+    report.set_defaults(handler=_report)
+
+    plan = commands.add_parser(
+        "plan",
+        help="validate and preview, start nothing",
+        description="Prints the resolved configuration (all keys), pools with the reason for each size, prompts, tokens, rough time.",
+    )
+    _config_options(plan, "YAML file or `embedded:demo`")
+    plan.add_argument("--cpus", type=float, help="CPUs of the cluster to plan for (default: this machine)")
+    plan.add_argument("--gpus", type=float, help="GPUs of the cluster to plan for (default: 0)")
+    plan.set_defaults(handler=_plan)
+
+    doctor = commands.add_parser(
+        "doctor", help="check this machine", description="Checks Python, packages, Ray, accelerators; names the fix."
+    )
+    doctor.set_defaults(handler=_doctor)
+
+    reward = commands.add_parser(
+        "train-reward",
+        help="train a reward model on preference pairs",
+        description="Trains a one-logit sequence classifier by the Bradley-Terry likelihood and prints its held-out accuracy.",
+    )
+    reward.add_argument(
+        "--pairs", required=True, help="JSONL, JSON or Parquet with prompt/chosen/rejected, or embedded:helpful|harmless"
+    )
+    reward.add_argument("--output", required=True, help="folder for the model, or embedded:reward-NAME for the cache")
+    reward.add_argument("--base", help="model to start from: Hub id, folder or embedded:minilm-l6 (default)")
+    reward.add_argument("--epochs", type=float, dest="num_epochs", help="passes over the training pairs")
+    reward.add_argument("--learning-rate", type=float, help="peak learning rate of the pretrained layers")
+    reward.add_argument("--head-learning-rate", type=float, help="peak learning rate of the new layers")
+    reward.add_argument("--batch-size", type=int, help="pairs per step")
+    reward.add_argument("--max-length", type=int, help="most tokens of prompt and answer")
+    reward.add_argument("--num-train", type=int, help="most training pairs")
+    reward.add_argument("--num-test", type=int, help="held-out pairs (default: a tenth)")
+    reward.add_argument("--seed", type=int)
+    reward.set_defaults(handler=_train_reward)
+    return parser
+
+
+def _config_options(parser: argparse.ArgumentParser, help_text: str) -> None:
+    parser.add_argument("config", metavar="CONFIG", help=help_text)
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one value, e.g. --set generation.num_candidates=8; may be given several times",
+    )
+
+
+def _emit(line: str) -> None:
+    print(line, flush=True)
+
+
+def _source(options: argparse.Namespace) -> object:
+    """The configuration to use: of a run directory, when one is named, else the file."""
+    if Path(options.config).is_dir() or "://" in options.config:
+        from rc_ray.ledger.rundir import open_existing
+
+        return open_existing(options.config).config()
+    return options.config
+
+
+def _run(options: argparse.Namespace) -> None:
+    from rc_ray.pipeline.run import run
+
+    run(_source(options), options.overrides, emit=_emit)  # type: ignore[arg-type]
+
+
+def _stage(options: argparse.Namespace) -> None:
+    from rc_ray import api
+    from rc_ray.config import load_config
+    from rc_ray.errors import DataError
+    from rc_ray.ledger.storage import Folder
+    from rc_ray.pipeline.run import run
+
+    name = options.command
+    if options.input is None:
+        if options.output is not None:
+            raise ConfigError(
+                f"--output = {options.output!r} has no effect without --input; the run directory is `output` in the configuration"
+            )
+        run(_source(options), options.overrides, only=name, emit=_emit)  # type: ignore[arg-type]
+        return
+    if options.output is None:
+        raise ConfigError("--output is missing; with --input, say where the result goes")
+    config = load_config(_source(options), options.overrides)  # type: ignore[arg-type]
+    target = Folder.at(options.output)
+    if not target.is_empty():
+        raise DataError(f"--output = {options.output!r}: it exists and is not empty; give a new place")
+    if name == "sample":
+        api.sample(config, options.input).write_parquet(target.uri)
+    elif name == "score":
+        api.score(config, options.input).write_parquet(target.uri)
+    elif name == "select":
+        selection = api.select(config, options.input)
+        for folder, dataset in (("pairs", selection.pairs), ("drops", selection.drops)):
+            dataset.write_parquet((target / folder).uri)
+        _emit(f"{selection.pairs.count()} paired + {selection.drops.count()} dropped")
+    elif name == "train":
+        api.train(config, options.input, options.output)
+    else:
+        import json
+
+        Path(options.output).write_text(json.dumps(api.evaluate(config, options.input), indent=1))
+    _emit(f"{name} finished: {options.output}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from rc_ray.api import report
+
+    _emit(report(options.run_directory))
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from rc_ray.pipeline.preview import plan
+
+    for line in plan(_source(options), options.overrides, cpus=options.cpus, gpus=options.gpus).lines():  # type: ignore[arg-type]
+        _emit(line)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from rc_ray.doctor import diagnose
+
+    findings = diagnose()
+    for finding in findings:
+        _emit(finding.line())
+    return int(any(finding.status == "bad" for finding in findings))
+
+
+def _train_reward(options: argparse.Namespace) -> None:
+    from dataclasses import fields
+
+    from rc_ray.training.reward_model import RewardTrainingOptions, train_reward
+
+    given = {f.name: getattr(options, f.name) for f in fields(RewardTrainingOptions) if getattr(options, f.name) is not None}
+    result = train_reward(
+        options.pairs,
+        options.output,
+        RewardTrainingOptions(**given),
+        on_progress=lambda done, total, loss: _emit(f"train-reward  {done}/{total} pairs  loss {loss:.3f}"),
+    )
+    if result.reused:
+        _emit("train-reward  found the finished result of the same data and options; trained nothing")
+    for reason, count in result.left_out.items():
+        _emit(f"train-reward  {count} pairs left out: {reason}")
+    _emit(
+        f"train-reward  {result.num_train} training pairs, prompt shortened in {result.num_prompts_cut} texts, {result.seconds:.0f}s\n"
+        f"held-out accuracy {result.accuracy:.3f} [{result.accuracy_low:.3f}, {result.accuracy_high:.3f}] on {result.num_test} pairs; "
+        f"the longer answer alone: {result.length_accuracy:.3f}\n{result.output}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Before/after comparison, report and dataset card."""

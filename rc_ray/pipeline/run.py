@@ -1,0 +1,156 @@
+"""A run from end to end, and its stages one by one, on a run directory.
+
+    prompts ─► generation ─► rewards ─► selection ─► pairs ─► DPO ─► evaluation ─► report
+
+Invariant: at the end prompts = paired + dropped, counted from the files; otherwise the run is an error. Run again, a finished
+run starts no Ray, generates no token and trains no step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rc_ray.config import Config, fingerprint, load_config
+from rc_ray.core.statistics import Interval
+from rc_ray.evaluation.compare import Comparison, ObjectiveComparison
+from rc_ray.ledger import rundir
+from rc_ray.ledger.rundir import RunDir
+from rc_ray.pipeline import stages
+from rc_ray.pipeline.plan import make_plan
+from rc_ray.pipeline.progress import duration
+
+ConfigSource = str | Path | Mapping[str, Any] | Config
+STAGES = ("sample", "score", "select", "train", "evaluate", "report")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run gave.
+
+    Attributes:
+        run_dir: path or URI of the run directory.
+        metrics: metrics.json: `identity`, `sampling`, and when done `training` and `evaluation`.
+    """
+
+    run_dir: str
+    metrics: dict[str, Any]
+
+    @property
+    def pairs(self) -> str:
+        """Folder with the pairs in Parquet."""
+        return f"{self.run_dir}/pairs"
+
+    @property
+    def model(self) -> str:
+        """Folder of the trained policy."""
+        return f"{self.run_dir}/model"
+
+    def lines(self) -> list[str]:
+        """The summary that ends a run."""
+        identity = self.metrics["identity"]
+        shown = [
+            f"run directory  {self.run_dir}",
+            f"identity       {identity['prompts']} prompts = {identity['paired']} paired + {identity['dropped']} dropped",
+        ]
+        shown += [f"    {count:6d}  {reason}" for reason, count in sorted(identity["drops"].items(), key=lambda i: -i[1])]
+        if "evaluation" in self.metrics:
+            shown += ["rewards before and after training", *("  " + line for line in comparison(self.metrics).lines())]
+        if "training" in self.metrics:
+            shown.append(f"model          {self.model}")
+        return [*shown, f"report         {self.run_dir}/report/index.html"]
+
+
+def comparison(metrics: dict[str, Any]) -> Comparison:
+    """The before/after comparison recorded in metrics.json."""
+    recorded = dict(metrics["evaluation"])
+    recorded["objectives"] = {
+        name: ObjectiveComparison(**{key: Interval(**value) for key, value in values.items()})
+        for name, values in recorded["objectives"].items()
+    }
+    return Comparison(**recorded)
+
+
+def run(
+    config: ConfigSource, overrides: Iterable[str] = (), *, only: str | None = None, emit: stages.Emit = print
+) -> RunResult | None:
+    """Runs all stages, or goes on where an earlier run of the same configuration stopped.
+
+    Args:
+        config: YAML file, `embedded:demo`, mapping or `Config`.
+        overrides: `a.b=value` strings.
+        only: one of `STAGES` to run that stage alone.
+        emit: gets every line of progress.
+
+    Returns:
+        The result; None when `only` names a stage before `report`.
+
+    Raises:
+        RcRayError: see `rc_ray.errors`; everything committed so far is kept.
+    """
+    started = time.monotonic()
+    resolved = load_config(config, overrides)
+    hashes = stages.check(resolved)
+    emit(f"rc_ray    run directory {resolved.output}, configuration {fingerprint(resolved)[:8]}")
+    run_dir = stages.prepare(resolved, hashes, emit)
+    todo = pending(resolved, run_dir, only)
+    if todo:
+        emit(f"rc_ray    to do: {', '.join(todo)}")
+        _run_pending(resolved, run_dir, todo, emit)
+    else:
+        emit("rc_ray    every stage is finished: 0 tokens generated, 0 steps trained")
+    if only not in (None, "report"):
+        emit(f"rc_ray    {only} finished in {duration(time.monotonic() - started)}")
+        return None
+    metrics = stages.report(resolved, run_dir)
+    result = RunResult(run_dir.root.uri, metrics)
+    emit(f"rc_ray    finished in {duration(time.monotonic() - started)}\n")
+    for line in result.lines():
+        emit(line)
+    return result
+
+
+def run_stage(run_directory: str, stage: str, emit: stages.Emit = print) -> RunResult | None:
+    """Runs one stage of an existing run directory with the configuration recorded in it."""
+    return run(rundir.open_existing(run_directory).config(), only=stage, emit=emit)
+
+
+def pending(config: Config, run_dir: RunDir, only: str | None) -> list[str]:
+    """Stages with work left, in order; `only` narrows them to one."""
+    groups = stages.training_groups(config, run_dir)
+    ledger = run_dir.ledger
+    left = {
+        "sample": not stages.is_done(groups, stages.SAMPLE),
+        "score": not stages.is_done(groups, stages.SCORE),
+        "select": not stages.is_done(groups, stages.SELECT),
+        "train": config.training.enabled and not ledger.is_finished(stages.TRAIN),
+        "evaluate": stages.evaluates(config) and not ledger.is_finished(stages.EVALUATE),
+    }
+    return [stage for stage in STAGES if left.get(stage) and only in (None, stage)]
+
+
+def _run_pending(config: Config, run_dir: RunDir, todo: list[str], emit: stages.Emit) -> None:
+    from rc_ray.pipeline.cluster import connected
+    from rc_ray.pipeline.progress import live_progress
+
+    stages.build_models(config, emit)
+    stages.pin_models(config, run_dir)
+    with connected(config.cluster) as cluster:
+        emit(f"ray       {cluster.description}: {cluster.num_nodes} node(s), {cluster.cpus:g} CPUs, {cluster.gpus:g} GPUs")
+        plan = make_plan(config, cluster.cpus, cluster.gpus, cluster.num_nodes)
+        for line in plan.lines():
+            emit(f"pool      {line}")
+        with live_progress(config.cluster.progress_interval_s, emit) as board:
+            session = stages.Session(plan, board, emit)
+            if "sample" in todo or "score" in todo:
+                stages.sample_and_score(config, run_dir, session, "sample" in todo, "score" in todo)
+            if "select" in todo:
+                stages.select(config, run_dir, session)
+            if "train" in todo:
+                stages.identity(run_dir)
+                stages.train(config, run_dir, session)
+            if "evaluate" in todo:
+                stages.evaluate(config, run_dir, session)

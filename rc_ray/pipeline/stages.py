@@ -1,0 +1,303 @@
+"""The stages of a run, each resumable on its own: prepare, models, sample and score, select, train, evaluate, report.
+
+A stage reads what the one before committed and skips what it has committed itself. Invariant: a stage that is finished does no
+work when it is run again, and says so.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from rc_ray.config import Config
+from rc_ray.core import schemas
+from rc_ray.core.selection import RewardMoments, Selected, select_pairs
+from rc_ray.errors import DataError, ResumeError
+from rc_ray.evaluation.compare import compare
+from rc_ray.evaluation.report import write_report
+from rc_ray.ledger import rundir
+from rc_ray.ledger.ledger import Ledger, chunk_name
+from rc_ray.ledger.rundir import RunDir
+from rc_ray.models import embedded
+from rc_ray.models.identity import model_identity
+from rc_ray.models.resolve import check_model, local_model, max_context
+from rc_ray.pipeline import prompts as sources
+from rc_ray.pipeline.graph import GroupRun, policy_of, run_groups
+from rc_ray.pipeline.plan import Plan
+from rc_ray.rewards.rule import load_function
+
+PROMPTS, EVAL_PROMPTS, SAMPLE, SCORE, SELECT, TRAIN, EVALUATE = (
+    "prompts", "eval_prompts", "sample", "score", "select", "train", "evaluate",
+)  # fmt: skip
+SIDES = ("before", "after")
+Emit = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a stage that needs Ray gets: the plan for the connected cluster, the progress board, and a place to print."""
+
+    plan: Plan
+    board: Any
+    emit: Emit
+
+
+def check(config: Config) -> dict[str, str]:
+    """Checks prompts, models and functions without starting or writing anything; returns the hashes of the data.
+
+    Raises:
+        DataError, ModelError, ConfigError, ResumeError: the first thing that is wrong.
+    """
+    hashes = {PROMPTS: sources.check_source("prompts", config.prompts)}
+    if config.evaluation.prompts is not None:
+        hashes[EVAL_PROMPTS] = sources.check_source("evaluation.prompts", config.evaluation.prompts)
+    rundir.check_owner(config, hashes)
+    check_model("model", config.model, config.revision)
+    if not config.model.startswith("embedded:") or embedded.is_built(config.model):
+        context = max_context(config.model)
+        if context is not None and config.generation.max_model_len > context:
+            raise DataError(
+                f"generation.max_model_len = {config.generation.max_model_len}: the model {config.model!r} reads at most {context} tokens; lower it"
+            )
+    for name, reward in config.rewards.items():
+        if reward.kind == "classifier":
+            check_model(f"rewards.{name}.model", reward.model, reward.revision)
+        else:
+            load_function(reward.function, reward.args)
+    return hashes
+
+
+def prepare(config: Config, hashes: dict[str, str], emit: Emit) -> RunDir:
+    """Makes the run directory and splits the prompts into chunks; done once per run.
+
+    Raises:
+        DataError: the source has no row. ResumeError: see `rundir.check_owner`.
+    """
+    if not rundir.check_owner(config, hashes):
+        nothing = object()
+        if next(sources.read_cells("prompts", config.prompts), nothing) is nothing:
+            raise DataError(f"prompts.path = {config.prompts.path!r}: there is no row in it; give a file with prompts")
+    run = rundir.create(config, hashes)
+    ledger = run.ledger
+    if not ledger.is_finished(PROMPTS):
+        cells = sources.read_cells("prompts", config.prompts)
+        facts = sources.write_chunks(cells, config.prompts, run.prompts, run.drops, config.cluster.chunk_size)
+        ledger.finish(PROMPTS, facts)
+    facts = ledger.facts(PROMPTS)
+    dropped = sum(facts["drops"].values())
+    emit(f"prompts   {facts['rows']} rows: {facts['prompts']} to sample, {dropped} dropped {facts['drops'] or ''}".rstrip())
+    held_out = config.evaluation.prompts
+    if held_out is not None and not ledger.is_finished(EVAL_PROMPTS):
+        training_ids = frozenset(run.prompts.read_all(schemas.PROMPT, ["prompt_id"]).column("prompt_id").to_pylist())
+        cells = sources.read_cells("evaluation.prompts", held_out)
+        facts = sources.write_chunks(
+            cells, held_out, run.eval_prompts, run.report / "drops", config.cluster.chunk_size, training_ids
+        )
+        ledger.finish(EVAL_PROMPTS, facts)
+    return run
+
+
+def build_models(config: Config, emit: Emit) -> None:
+    """Unpacks or trains the embedded models that a configuration names, once per machine."""
+    names = {config.model, *(r.model for r in config.rewards.values() if r.kind == "classifier")}
+    for name in sorted(n for n in names if n.startswith("embedded:") and not embedded.is_built(n)):
+        started = time.monotonic()
+        if name.startswith("embedded:reward-"):
+            from rc_ray.training.reward_model import train_reward
+
+            objective = name.removeprefix("embedded:reward-")
+            last = [0.0]
+
+            def progress(done: int, total: int, loss: float, objective: str = objective, last: list[float] = last) -> None:
+                if time.monotonic() - last[0] >= config.cluster.progress_interval_s or done == total:
+                    last[0] = time.monotonic()
+                    emit(f"models    reward-{objective}  {done}/{total} pairs  loss {loss:.3f}")
+
+            result = train_reward(f"embedded:{objective}", name, on_progress=progress)
+            emit(
+                f"models    {name}: held-out accuracy {result.accuracy:.2f} [{result.accuracy_low:.2f}, {result.accuracy_high:.2f}] "
+                f"on {result.num_test} pairs, {result.seconds:.0f}s"
+            )
+        else:
+            local_model(name)
+            emit(f"models    {name}: unpacked to {embedded.target(name)} in {time.monotonic() - started:.0f}s")
+
+
+def pin_models(config: Config, run: RunDir) -> None:
+    """Records in the manifest what each model name stands for, and refuses to go on with others.
+
+    Raises:
+        ResumeError: a model changed since the run began.
+    """
+    found = {config.model: model_identity(config.model, config.revision)}
+    for reward in config.rewards.values():
+        if reward.kind == "classifier":
+            found[reward.model] = model_identity(reward.model, reward.revision)
+    recorded = run.manifest().get("models", found)
+    changed = [f"{name}: {recorded.get(name)} -> {value}" for name, value in found.items() if recorded.get(name) != value]
+    if changed:
+        raise ResumeError(
+            f"output = {run.root.uri!r}: the run began with other models ({'; '.join(changed)}); put them back or give another output"
+        )
+    run.update_manifest(models=found)
+
+
+def training_groups(config: Config, run: RunDir) -> GroupRun:
+    """The main sampling of a run."""
+    return GroupRun(policy_of(config), run.prompts, run.candidates, run.ledger, SAMPLE, SCORE)
+
+
+def evaluation_groups(config: Config, run: RunDir) -> dict[str, GroupRun]:
+    """Held-out prompts sampled from the policy before and after training."""
+    number = config.evaluation.num_samples
+    policies = {"before": policy_of(config, None, number), "after": policy_of(config, run.model.uri, number)}
+    return {
+        side: GroupRun(policies[side], run.eval_prompts, run.report / side, run.ledger, f"sample_{side}", f"score_{side}")
+        for side in SIDES
+    }
+
+
+def is_done(run: GroupRun, stage: str) -> bool:
+    """Whether a stage has committed every chunk."""
+    return run.ledger.done(stage) >= set(run.chunks())
+
+
+def sample_and_score(config: Config, run: RunDir, session: Session | None, sample: bool = True, score: bool = True) -> None:
+    """Samples and scores what is not committed yet."""
+    groups = training_groups(config, run)
+    if is_done(groups, SCORE if score else SAMPLE):
+        return
+    assert session is not None
+    run_groups(groups, config, session.plan, session.board, sample, score)
+
+
+def select_chunk(items: pa.Table, run: RunDir, config: Config, scale: dict[str, float]) -> pa.Table:
+    """Selects the pairs of one chunk and commits them with its drops."""
+    (chunk,) = items.column("chunk").to_pylist()
+    selected: Selected = select_pairs(run.candidates.read_table(f"{chunk_name(chunk)}.parquet"), config.selection, scale)
+    counts = {"paired": selected.pairs.num_rows, **Counter(selected.drops.column("reason").to_pylist())}
+    run.ledger.commit(SELECT, chunk, counts, {run.pairs: selected.pairs, run.drops: selected.drops})
+    return items
+
+
+def chunk_moments(items: pa.Table, run: RunDir, objectives: list[str]) -> pa.Table:
+    """Reward moments of one chunk, for the scale over the whole data."""
+    (chunk,) = items.column("chunk").to_pylist()
+    m = RewardMoments.of(run.candidates.read_table(f"{chunk_name(chunk)}.parquet"), objectives)
+    return pa.table({"chunk": [chunk], "moments": [[m.count.tolist(), m.total.tolist(), m.total_squared.tolist()]]})
+
+
+def select(config: Config, run: RunDir, session: Session | None) -> None:
+    """Applies RC to every scored chunk as a distributed map."""
+    groups = training_groups(config, run)
+    done = run.ledger.done(SELECT)
+    todo = [c for c in groups.chunks() if c not in done]
+    if not todo:
+        return
+    assert session is not None
+    unscored = set(groups.chunks()) - run.ledger.done(SCORE)
+    if unscored:
+        raise ResumeError(f"{len(unscored)} chunks are not scored yet; run `rc-ray score {run.root.uri}` first")
+    import ray
+
+    small: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": 1, "num_cpus": session.plan.task_cpus}
+
+    def chunked(chunks: list[int]) -> Any:
+        return ray.data.from_items([{"chunk": c} for c in chunks], override_num_blocks=len(chunks))
+
+    ray.get(session.board.begin.remote(SELECT, "chunks", len(groups.chunks()), len(done)))
+    objectives = list(config.rewards)
+    manifest = run.manifest()
+    if "scale" not in manifest:
+        rows = (
+            chunked(groups.chunks())
+            .map_batches(chunk_moments, fn_kwargs={"run": run, "objectives": objectives}, **small)
+            .take_all()
+        )
+        # Added in the order of chunks, so that the sums do not depend on which task finished first.
+        moments = [
+            RewardMoments(*(pa.array(m).to_numpy() for m in r["moments"])) for r in sorted(rows, key=lambda r: r["chunk"])
+        ]
+        total = moments[0]
+        for m in moments[1:]:
+            total = total + m
+        run.update_manifest(scale=config.selection.scale or dict(zip(objectives, total.scale().tolist(), strict=True)))
+        manifest = run.manifest()
+    dataset = chunked(todo).map_batches(
+        select_chunk, fn_kwargs={"run": run, "config": config, "scale": manifest["scale"]}, **small
+    )
+    for _ in dataset.iter_batches(batch_size=1):
+        session.board.advance.remote(SELECT, 1, 0)
+
+
+def identity(run: RunDir) -> dict[str, Any]:
+    """Counts prompts, pairs and drops from the files themselves and checks that they add up.
+
+    Raises:
+        ResumeError: they do not; a prompt is lost or there twice.
+    """
+    rows = run.ledger.facts(PROMPTS)["rows"]
+    pairs = run.pairs.read_all(schemas.pair_schema([]), ["prompt_id"])
+    drops = run.drops.read_all(schemas.DROP)
+    reasons = dict(Counter(drops.column("reason").to_pylist()))
+    if rows != pairs.num_rows + drops.num_rows:
+        raise ResumeError(
+            f"{rows} prompts are not {pairs.num_rows} paired + {drops.num_rows} dropped in {run.root.uri!r}; files were added or removed "
+            "by something else; restore them or start a new run directory"
+        )
+    return {"prompts": rows, "paired": pairs.num_rows, "dropped": drops.num_rows, "drops": reasons}
+
+
+def train(config: Config, run: RunDir, session: Session | None) -> None:
+    """Trains the policy on the pairs, once."""
+    if not config.training.enabled or run.ledger.is_finished(TRAIN):
+        return
+    assert session is not None
+    from rc_ray.training.dpo import train_dpo
+
+    plan = session.plan
+    work = run.ledger.folder / "training"
+    facts = train_dpo(config, run.pairs, run.model, work, plan.train_cpus, plan.train_gpus, session.board, TRAIN)
+    run.ledger.finish(TRAIN, facts)
+
+
+def evaluate(config: Config, run: RunDir, session: Session | None) -> None:
+    """Samples and scores held-out prompts before and after training, and compares."""
+    if not evaluates(config) or run.ledger.is_finished(EVALUATE):
+        return
+    if not run.ledger.is_finished(TRAIN):
+        raise ResumeError(f"the policy is not trained yet; run `rc-ray train {run.root.uri}` first")
+    groups = evaluation_groups(config, run)
+    for side in SIDES:
+        if not is_done(groups[side], groups[side].score_stage):
+            assert session is not None
+            run_groups(groups[side], config, session.plan, session.board)
+    before, after = (groups[side].groups.read_all() for side in SIDES)
+    run.ledger.finish(EVALUATE, compare(before, after, list(config.rewards), config.evaluation, config.seed).as_dict())
+
+
+def evaluates(config: Config) -> bool:
+    """Whether there is a before/after comparison to make."""
+    return config.training.enabled and config.evaluation.prompts is not None
+
+
+def report(config: Config, run: RunDir) -> dict[str, Any]:
+    """Writes metrics.json, the HTML report and the dataset card from what the stages recorded; returns the metrics."""
+    ledger: Ledger = run.ledger
+    metrics: dict[str, Any] = {
+        "identity": identity(run),
+        "sampling": ledger.totals(SAMPLE),
+        "fingerprint": run.manifest()["fingerprint"],
+    }
+    if ledger.is_finished(TRAIN):
+        metrics["training"] = ledger.facts(TRAIN)
+    if ledger.is_finished(EVALUATE):
+        metrics["evaluation"] = ledger.facts(EVALUATE)
+    run.root.write_json("metrics.json", metrics)
+    write_report(run)
+    return metrics

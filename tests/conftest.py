@@ -1,0 +1,138 @@
+"""Fixtures: tiny random models made on the spot, prompts with every kind of bad row, and the shared preference data."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+# Shared machines pause for longer than any useful deadline.
+settings.register_profile("default", deadline=None)
+settings.load_profile("default")
+
+ROOT = Path(__file__).parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make_tokenizer() -> Any:
+    """A byte-level tokenizer of 260-odd tokens with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["hello world, how are you today?"] * 20, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def make_llama(folder: Path, seed: int, labels: int | None = None) -> Path:
+    """A random two-layer Llama of about 100 k parameters; with `labels`, a sequence classifier."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True,
+    )
+    if labels is None:
+        model: Any = LlamaForCausalLM(config)
+    else:
+        config.num_labels = labels
+        model = LlamaForSequenceClassification(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("models") / "policy", seed=0)
+
+
+@pytest.fixture(scope="session")
+def tiny_rewards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("rewards")
+    return {name: make_llama(folder / name, seed, labels=1) for seed, name in enumerate(("helpful", "harmless"), 1)}
+
+
+@pytest.fixture(scope="session")
+def eval_prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "eval.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"held out {i}?"}) + "\n" for i in range(6)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_policy: Path, tiny_rewards: dict[str, Path], eval_prompts: Path) -> dict[str, Any]:
+    """A whole configuration on tiny models; `output` and `prompts.path` are for the test to set."""
+    return {
+        "model": str(tiny_policy),
+        "output": "unset",
+        "prompts": {"path": "unset"},
+        "generation": {"num_candidates": 6, "max_tokens": 16, "max_model_len": 256, "dtype": "float32", "engine": {"max_num_seqs": 32}},
+        "rewards": {
+            **{name: {"kind": "classifier", "model": str(path)} for name, path in tiny_rewards.items()},
+            "length": {"kind": "rule", "function": "rc_ray.rewards.rules:length_near", "args": {"target_words": 3}},
+        },
+        "selection": {"allow_truncated_winner": True},
+        "training": {"num_workers": 2, "global_batch_size": 4, "per_device_batch_size": 2, "learning_rate": 1e-3},
+        "evaluation": {"prompts": {"path": str(eval_prompts)}, "num_samples": 2, "num_bootstrap": 200},
+        "cluster": {"chunk_size": 8, "progress_interval_s": 1},
+    }
+
+
+@pytest.fixture(scope="session")
+def mixed_prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 good prompts, one of them odd, and one of every kind of bad row: 38 rows."""
+    rows: list[Any] = [{"prompt": f"hello world, number {i}?"} for i in range(29)]
+    rows += [
+        {"prompt": "emoji 😀🇫🇷, right-to-left مرحبا שלום, \u202eodd\u202c"},
+        {"prompt": "newlines" + "\n" * 10_000},  # longer than max_model_len
+        {"prompt": ""},
+        {"prompt": " \n\t "},
+        {"prompt": "hello world, number 3?"},  # twice
+        {"prompt": 42},
+        {"prompt": None},
+        {"prompt": [{"role": "user", "content": "fine"}, {"role": "assistant", "content": "but ends wrongly"}]},
+        {"other": "no prompt at all"},
+    ]
+    path = tmp_path_factory.mktemp("data") / "mixed.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    if not SHARED_DATA.is_dir():
+        pytest.skip("the preference data beside the checkout (../shared/data) are not there")
+    return SHARED_DATA
