@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -77,7 +78,7 @@ def two_nodes(num_cpus: int = 4, object_store_gib: float = 0.5) -> Iterator[Loca
             f"--temp-dir={folder}/ray",
             "--dashboard-host=127.0.0.1",
             f"--dashboard-port={dashboard}",
-            "--ray-client-server-port=0",
+            f"--ray-client-server-port={free_port()}",
             "--min-worker-port=20000",
             "--max-worker-port=20999",
             *common,
@@ -104,6 +105,7 @@ def two_nodes(num_cpus: int = 4, object_store_gib: float = 0.5) -> Iterator[Loca
         for process in (worker, head):
             if process is not None:
                 stop(process)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
@@ -118,7 +120,11 @@ def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with two_nodes() as cluster:
-        print(f"export RAY_ADDRESS={cluster.address}   # dashboard and jobs: {cluster.dashboard}; Ctrl-C ends the cluster", flush=True)
+        print(
+            f"export RAY_ADDRESS={cluster.address}   # dashboard and jobs: {cluster.dashboard}; Ctrl-C ends the cluster",
+            flush=True,
+        )
         with contextlib.suppress(KeyboardInterrupt):
             signal.pause()

@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `rc-ray`; returns the exit code (2 configuration, 3 data, 4 model, 5 cluster, 6 resume)."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    # Reward functions of the user's own are found in the folder the command is called from, here and on Ray's workers.
+    sys.path.insert(0, os.getcwd())
     # Ray and Hugging Face libraries read these when they are imported, which happens later.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -99,7 +99,13 @@ def tiny_config(tiny_policy: Path, tiny_rewards: dict[str, Path], eval_prompts: 
         "model": str(tiny_policy),
         "output": "unset",
         "prompts": {"path": "unset"},
-        "generation": {"num_candidates": 6, "max_tokens": 16, "max_model_len": 256, "dtype": "float32", "engine": {"max_num_seqs": 32}},
+        "generation": {
+            "num_candidates": 6,
+            "max_tokens": 16,
+            "max_model_len": 256,
+            "dtype": "float32",
+            "engine": {"max_num_seqs": 32},
+        },
         "rewards": {
             **{name: {"kind": "classifier", "model": str(path)} for name, path in tiny_rewards.items()},
             "length": {"kind": "rule", "function": "rc_ray.rewards.rules:length_near", "args": {"target_words": 3}},

@@ -66,8 +66,12 @@ def plot_training(history: list[dict[str, float]]) -> Any:
 
 
 def _svg(figure: Any) -> str:
+    import matplotlib
+
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    # Ids in the drawing are random unless salted; the same run gives the same file.
+    with matplotlib.rc_context({"svg.hashsalt": "rc_ray"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 

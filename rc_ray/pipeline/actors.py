@@ -148,7 +148,7 @@ class ScoreGroups:
             rewards.append([s.value for s in scored])
             reasons = Counter(s.missing for s in scored if s.value is None)
             missing.append("; ".join(f"{n}x {reason}" for reason, n in reasons.items()) or None)
-        self._reporter.add(block.num_rows)
+        self._reporter.add(block.num_rows, sum(len(c["token_ids"]) for group in candidates for c in group))
         self._reporter.flush()
         reward_field, missing_field = schemas.reward_fields([self._objective])
         block = block.append_column(reward_field, pa.array(rewards, reward_field.type))

@@ -182,7 +182,7 @@ def select_chunk(items: pa.Table, run: RunDir, config: Config, scale: dict[str, 
     selected: Selected = select_pairs(run.candidates.read_table(f"{chunk_name(chunk)}.parquet"), config.selection, scale)
     counts = {"paired": selected.pairs.num_rows, **Counter(selected.drops.column("reason").to_pylist())}
     run.ledger.commit(SELECT, chunk, counts, {run.pairs: selected.pairs, run.drops: selected.drops})
-    return items
+    return pa.table({"groups": [sum(counts.values())]})
 
 
 def chunk_moments(items: pa.Table, run: RunDir, objectives: list[str]) -> pa.Table:
@@ -210,7 +210,8 @@ def select(config: Config, run: RunDir, session: Session | None) -> None:
     def chunked(chunks: list[int]) -> Any:
         return ray.data.from_items([{"chunk": c} for c in chunks], override_num_blocks=len(chunks))
 
-    ray.get(session.board.begin.remote(SELECT, "chunks", len(groups.chunks()), len(done)))
+    total = run.ledger.facts(PROMPTS)["prompts"]
+    ray.get(session.board.begin.remote(SELECT, "prompts", total, int(sum(run.ledger.totals(SELECT).values()))))
     objectives = list(config.rewards)
     manifest = run.manifest()
     if "scale" not in manifest:
@@ -231,8 +232,8 @@ def select(config: Config, run: RunDir, session: Session | None) -> None:
     dataset = chunked(todo).map_batches(
         select_chunk, fn_kwargs={"run": run, "config": config, "scale": manifest["scale"]}, **small
     )
-    for _ in dataset.iter_batches(batch_size=1):
-        session.board.advance.remote(SELECT, 1, 0)
+    for row in dataset.iter_rows():
+        session.board.advance.remote(SELECT, row["groups"], 0)
 
 
 def identity(run: RunDir) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class RewardTrainingOptions:
 
     base: str = "embedded:minilm-l6"
     """Model to start from: anything `AutoModelForSequenceClassification` loads."""
-    num_epochs: float = 3.0
+    num_epochs: float = 2.0
     """Passes over the training pairs."""
     learning_rate: float = 5e-5
     """Peak learning rate of the pretrained layers (AdamW, linear decay after 10 % warm-up)."""
@@ -164,6 +164,7 @@ def _train(
     on_progress: Callable[[int, int, float], None] | None,
 ) -> RewardTrainingResult:
     import torch
+    from datasets import Dataset
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
     from transformers.trainer_callback import PrinterCallback
     from transformers.trainer_utils import set_seed
@@ -236,9 +237,10 @@ def _train(
             report_to="none",
             disable_tqdm=True,
             dataloader_pin_memory=False,
+            train_sampling_strategy="group_by_length",
             remove_unused_columns=False,
         ),
-        train_dataset=train_rows,  # type: ignore[arg-type]
+        train_dataset=Dataset.from_list(train_rows),
         data_collator=collate,
         optimizers=(torch.optim.AdamW(groups, weight_decay=0.01), None),
         callbacks=[Report()],

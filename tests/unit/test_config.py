@@ -26,7 +26,10 @@ GOOD: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("generation.num_candidate=8", ["generation.num_candidate", "8", "unknown key", "Did you mean generation.num_candidates?"]),
+        (
+            "generation.num_candidate=8",
+            ["generation.num_candidate", "8", "unknown key", "Did you mean generation.num_candidates?"],
+        ),
         ("num_candidates=8", ["num_candidates", "Did you mean generation.num_candidates?"]),
         ("rewards.helpful.modle=x", ["rewards.helpful.modle", "unknown key"]),
         ("generation.num_candidates=1", ["generation.num_candidates = 1", "greater than or equal to 2", "a pair needs two"]),
@@ -42,7 +45,10 @@ GOOD: dict[str, Any] = {
         ("selection.scale={helpful: 1}", ["selection.scale lacks 'length'"]),
         ("selection={gap: sum, scale: {helpful: 1, length: 1}}", ["no effect with gap: sum"]),
         ("prompts.split=test", ["`split` applies to Hub datasets only"]),
-        ("training.global_batch_size=6", ["global_batch_size (6)", "multiple of num_workers x per_device_batch_size", "set it to 4"]),
+        (
+            "training.global_batch_size=6",
+            ["global_batch_size (6)", "multiple of num_workers x per_device_batch_size", "set it to 4"],
+        ),
         ("training.beta=.nan", ["training.beta", "finite"]),
     ],
 )
@@ -86,7 +92,13 @@ def test_fingerprint_changes_with_results_and_not_with_deployment() -> None:
     base = fingerprint(load_config(GOOD))
     for same in ("output=elsewhere", "generation.pool.size=4", "rewards.helpful.pool.num_gpus=0.5", "cluster.chunk_size=3"):
         assert fingerprint(load_config(GOOD, [same])) == base
-    for other in ("seed=1", "generation.num_candidates=4", "rewards.length.args.target_words=9", "training.beta=0.2", "model=b/c"):
+    for other in (
+        "seed=1",
+        "generation.num_candidates=4",
+        "rewards.length.args.target_words=9",
+        "training.beta=0.2",
+        "model=b/c",
+    ):
         assert fingerprint(load_config(GOOD, [other])) != base
 
 

@@ -73,7 +73,10 @@ def test_matrix_is_antisymmetric_and_shrinks_with_the_margin(rewards: np.ndarray
 
 
 @settings(max_examples=60)
-@given(st.lists(reward_matrices().filter(lambda m: m.shape[1] == 2), min_size=1, max_size=5), st.sampled_from(["sum", "standardized_sum", "min"]))
+@given(
+    st.lists(reward_matrices().filter(lambda m: m.shape[1] == 2), min_size=1, max_size=5),
+    st.sampled_from(["sum", "standardized_sum", "min"]),
+)
 def test_rcs_takes_the_largest_gap_of_a_brute_force_search(matrices: list[np.ndarray], gap: str) -> None:
     table = groups({"a": [m[:, 0].tolist() for m in matrices], "b": [m[:, 1].tolist() for m in matrices]})
     scale = {"a": 2.0, "b": 0.5}
@@ -169,7 +172,9 @@ def test_a_negative_margin_never_pairs_an_answer_with_its_copy() -> None:
 
 
 def test_equal_gaps_go_to_the_lowest_indices() -> None:
-    pair = select_pairs(groups({"a": [[2.0, 2.0, 0.0, 0.0]], "b": [[2.0, 2.0, 0.0, 0.0]]}), SelectionConfig()).pairs.to_pylist()[0]
+    pair = select_pairs(
+        groups({"a": [[2.0, 2.0, 0.0, 0.0]], "b": [[2.0, 2.0, 0.0, 0.0]]}), SelectionConfig()
+    ).pairs.to_pylist()[0]
     assert (pair["chosen_index"], pair["rejected_index"]) == (0, 2)
 
 

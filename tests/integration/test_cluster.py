@@ -1,0 +1,73 @@
+"""`ray job submit` on a two-node cluster: the job joins it, shows progress in its log, and leaves it as it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import yaml
+
+from cluster.local_two_nodes import LocalCluster, two_nodes
+from tests.conftest import ROOT
+
+RAY = str(Path(sys.executable).with_name("ray"))
+STATE = (
+    "import json, ray; from ray.util.state import list_actors\n"
+    "ray.init(address='{address}', logging_level='ERROR', log_to_driver=False)\n"
+    "alive = [a.class_name for a in list_actors(filters=[('state', '=', 'ALIVE')])]\n"
+    "print(json.dumps(dict(nodes=sorted(n['NodeID'] for n in ray.nodes() if n['Alive']), alive=alive,"
+    " groups=[g for g in ray.util.placement_group_table().values() if g['state'] != 'REMOVED'])))"
+)
+
+
+def state(cluster: LocalCluster) -> dict[str, Any]:
+    code = STATE.format(address=cluster.address)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True, cwd="/")
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def wait_for_two_nodes(cluster: LocalCluster) -> dict[str, Any]:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        found = state(cluster)
+        if len(found["nodes"]) == 2:
+            return found
+        time.sleep(1)
+    raise AssertionError(f"the second node did not join: {found}")
+
+
+def test_job_on_a_two_node_cluster(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.csv"
+    prompts.write_text("question\n" + "".join(f'"hello, number {i}"\n' for i in range(20)))
+    config = {**tiny_config, "output": str(tmp_path / "run"), "prompts": {"path": str(prompts), "column": "question"}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    # Two CPUs a node: the pools' tickets have to be cut to fit.
+    with two_nodes(num_cpus=2) as cluster:
+        before = wait_for_two_nodes(cluster)
+        environment = {**os.environ, "RAY_ADDRESS": cluster.dashboard}
+        command = ["python", "jobs/run_rcs.py", "--config", str(tmp_path / "config.yaml"), "--set", "training.max_steps=2"]
+        submit = subprocess.run(
+            [RAY, "job", "submit", "--submission-id", "rcs", "--", *command],
+            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False,
+        )  # fmt: skip
+        logs = subprocess.run(
+            [RAY, "job", "logs", "rcs"], env=environment, capture_output=True, text=True, timeout=60, check=True
+        ).stdout
+        assert submit.returncode == 0, submit.stdout[-3000:] + submit.stderr[-1000:]
+        after = state(cluster)
+    assert "2 node(s), 4 CPUs" in logs
+    assert "20/20 prompts" in logs
+    assert "tok/s" in logs
+    assert "20 prompts = " in logs
+    assert pq.read_table(tmp_path / "run" / "pairs").num_rows + pq.read_table(tmp_path / "run" / "drops").num_rows == 20
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    assert after["nodes"] == before["nodes"]
+    # Jobs leave their supervisor for a moment; nothing of ours may stay.
+    assert [a for a in after["alive"] if "JobSupervisor" not in a] == before["alive"]
+    assert after["groups"] == []

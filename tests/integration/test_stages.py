@@ -1,0 +1,84 @@
+"""Stages on their own: on a run directory and on Datasets, one actor or several, and the same candidates every time."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+import rc_ray
+from rc_ray.cli import main
+from tests.integration.conftest import FinishedRun
+
+
+@pytest.fixture(scope="module")
+def ray_session() -> Any:
+    """One local Ray for the tests of this module, so that lazy Datasets can be read after a stage has returned."""
+    import ray
+
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
+def candidates(folder: Path) -> dict[str, list[str]]:
+    return {
+        row["prompt_id"]: [c["text"] for c in row["candidates"]]
+        for file in folder.glob("*.parquet")
+        for row in pq.read_table(file, columns=["prompt_id", "candidates"]).to_pylist()
+    }
+
+
+def test_two_actors_and_other_chunks_give_the_same_candidates(
+    finished_run: FinishedRun, tmp_path: Path, ray_session: Any
+) -> None:
+    config = copy.deepcopy(finished_run.config) | {"output": str(tmp_path / "run")}
+    rc_ray.sample(config, overrides=["generation.pool.size=2", "cluster.chunk_size=5"])
+    again = candidates(tmp_path / "run" / "candidates")
+    assert again == candidates(finished_run.folder / "candidates")
+    # Scoring and selection then add up to the same pairs, from the command line and in phased order.
+    assert main(["score", str(tmp_path / "run")]) == 0
+    assert main(["select", str(tmp_path / "run")]) == 0
+    pairs = [
+        pq.read_table(f / "pairs").sort_by("prompt_id").drop_columns(["gap"]) for f in (finished_run.folder, tmp_path / "run")
+    ]
+    columns = ["prompt_id", "chosen_index", "rejected_index"]
+    assert pairs[0].select(columns).equals(pairs[1].select(columns))
+
+
+def test_datasets_in_datasets_out(tiny_config: dict[str, Any], ray_session: Any) -> None:
+    config = copy.deepcopy(tiny_config) | {"prompts": {"path": "not used", "column": "question"}, "output": "not used"}
+    prompts = ray_session.data.from_items([{"question": q} for q in ("hello", "world", "hello", "")])
+    groups = rc_ray.score(config, rc_ray.sample(config, prompts)).materialize()
+    rows = groups.take_all()
+    assert sorted(str(r["failure"]) for r in rows) == ["None", "None", "duplicate_prompt", "empty_prompt"]
+    assert all(len(r["candidates"]) == len(r["reward.helpful"]) == 6 for r in rows if r["failure"] is None)
+    pairs, drops = rc_ray.select(config, groups)
+    assert pairs.count() + drops.count() == 4
+    assert {"duplicate_prompt", "empty_prompt"} <= {r["reason"] for r in drops.take_all()}
+
+
+def test_command_line_stages_on_files(
+    tiny_config: dict[str, Any], finished_run: FinishedRun, tmp_path: Path, ray_session: Any
+) -> None:
+    import yaml
+
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(finished_run.config))
+    source = str(finished_run.folder / "candidates")
+    assert main(["select", str(tmp_path / "config.yaml"), "--input", source, "--output", str(tmp_path / "selected")]) == 0
+    pairs = pq.read_table(tmp_path / "selected" / "pairs")
+    assert pairs.num_rows == pq.read_table(finished_run.folder / "pairs").num_rows
+    options = [
+        "--input",
+        str(tmp_path / "selected" / "pairs"),
+        "--output",
+        str(tmp_path / "policy"),
+        "--set",
+        "training.max_steps=1",
+    ]
+    assert main(["train", str(tmp_path / "config.yaml"), *options]) == 0
+    assert (tmp_path / "policy" / "model.safetensors").is_file()
+    assert main(["score", str(tmp_path / "config.yaml"), "--input", source, "--output", str(tmp_path / "policy")]) == 3

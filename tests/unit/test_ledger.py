@@ -1,0 +1,270 @@
+"""Storage, commit records and the run directory: whole files, what counts as done, and who owns a directory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from rc_ray.config import Config, load_config
+from rc_ray.core import schemas
+from rc_ray.errors import DataError, ResumeError
+from rc_ray.ledger import rundir
+from rc_ray.ledger.ledger import Ledger, chunk_name
+from rc_ray.ledger.storage import Folder
+
+TABLE = pa.table({"prompt_id": ["a", "b"], "value": [1, 2]})
+HASHES = {"prompts": "1234"}
+
+
+def config_for(output: Path, *overrides: str) -> Config:
+    raw: dict[str, Any] = {
+        "model": "some/model",
+        "output": str(output),
+        "prompts": {"path": "prompts.jsonl"},
+        "rewards": {name: {"kind": "classifier", "model": f"some/{name}"} for name in ("helpful", "harmless")},
+    }
+    return load_config(raw, overrides)
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def plain_folder(path: Path) -> Folder:
+    return Folder.at(path)
+
+
+def uri_folder(path: Path) -> Folder:
+    """The same place as a URI, which is written as an object store is: straight to the name, without a rename."""
+    return Folder(f"file://{path}")
+
+
+@pytest.mark.parametrize("make", [plain_folder, uri_folder])
+def test_what_is_written_is_read_back(make: Any, tmp_path: Path) -> None:
+    folder = make(tmp_path) / "deep" / "er"
+    assert folder.is_local == (make is plain_folder)
+    assert (folder.exists(), folder.is_empty(), folder.names()) == (False, True, [])
+    folder.write_bytes("b.bin", b"\x00\xff")
+    folder.write_json("a.json", {"emoji": "😀", "list": [1, None]})
+    folder.write_table("t.parquet", TABLE)
+    assert folder.read_bytes("b.bin") == b"\x00\xff"
+    assert folder.read_json("a.json") == {"emoji": "😀", "list": [1, None]}
+    assert folder.read_table("t.parquet") == TABLE
+    assert folder.read_table("t.parquet", ["value"]).column_names == ["value"]
+    assert folder.names() == ["a.json", "b.bin", "t.parquet"]
+    assert folder.names(".json") == ["a.json"]
+    assert (folder.exists(), folder.exists("a.json"), folder.exists("c.json"), folder.is_empty()) == (True, True, False, False)
+    folder.write_bytes("b.bin", b"shorter")
+    assert folder.read_bytes("b.bin") == b"shorter"
+    assert set(files_below(tmp_path)) == {"deep/er/a.json", "deep/er/b.bin", "deep/er/t.parquet"}
+
+
+def test_read_all_goes_by_name_and_needs_a_schema_when_nothing_is_there(tmp_path: Path) -> None:
+    folder = Folder.at(tmp_path / "t")
+    assert folder.read_all(schemas.DROP) == schemas.DROP.empty_table()
+    with pytest.raises(DataError, match="no Parquet file"):
+        folder.read_all()
+    folder.write_table("2.parquet", TABLE.slice(1))
+    folder.write_table("1.parquet", TABLE.slice(0, 1))
+    (tmp_path / "t" / "note.txt").write_text("not read")
+    assert folder.read_all() == TABLE
+
+
+def test_folders_are_copied_up_and_down_whole(tmp_path: Path) -> None:
+    (tmp_path / "local" / "sub").mkdir(parents=True)
+    (tmp_path / "local" / "one").write_bytes(b"1")
+    (tmp_path / "local" / "sub" / "two").write_bytes(b"2")
+    Folder.at(tmp_path / "far").upload(tmp_path / "local")
+    Folder.at(tmp_path / "far").download(tmp_path / "back")
+    assert files_below(tmp_path / "back") == {"one": b"1", "sub/two": b"2"}
+
+
+def test_paths_become_absolute_and_file_uris_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Folder.at("runs/x/").uri == str(tmp_path / "runs" / "x")
+    assert Folder.at(f"file://{tmp_path}/runs/x") == Folder.at("runs/x")
+    assert Folder.at("s3://bucket/x/").uri == "s3://bucket/x"
+    assert (Folder.at("s3://bucket/x") / "pairs").uri == "s3://bucket/x/pairs"
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert Folder.at("~/x").uri == str(tmp_path / "home" / "x")
+
+
+def test_a_uri_of_an_unknown_kind_is_named() -> None:
+    with pytest.raises(DataError, match=r"s4://bucket/x.*use a local path"):
+        Folder.at("s4://bucket/x").is_empty()
+
+
+@pytest.mark.parametrize("failing", ["replace", "fsync"])
+def test_a_failed_write_leaves_the_old_content_and_no_temporary_file(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Folder.at(tmp_path / "f")
+    folder.write_bytes("kept.json", b"old")
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, failing, full)
+    for name in ("kept.json", "new.json"):
+        with pytest.raises(OSError, match="no space left"):
+            folder.write_bytes(name, b"new content")
+    assert files_below(tmp_path) == {"f/kept.json": b"old"}
+
+
+def test_the_name_is_only_taken_once_the_content_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Folder.at(tmp_path)
+    seen: list[tuple[bool, list[int]]] = []
+    sync = os.fsync
+
+    def look(descriptor: int) -> None:
+        seen.append(((tmp_path / "x.parquet").exists(), [p.stat().st_size for p in tmp_path.iterdir()]))
+        assert folder.names(".parquet") == []
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", look)
+    folder.write_bytes("x.parquet", b"12345")
+    assert seen == [(False, [5])]
+    assert folder.names(".parquet") == ["x.parquet"]
+
+
+def test_only_chunks_with_a_record_are_done(tmp_path: Path) -> None:
+    ledger, data = Ledger(Folder.at(tmp_path / "ledger")), Folder.at(tmp_path / "groups")
+    assert ledger.done("sample") == set()
+    data.write_table(f"{chunk_name(7)}.parquet", TABLE)
+    assert ledger.done("sample") == set()
+    for chunk in (0, 12, 1_000_000):
+        ledger.commit("sample", chunk, {"rows": 2}, {data: TABLE})
+    ledger.finish("sample", {"rows": 6})
+    assert ledger.done("sample") == {0, 12, 1_000_000}
+    assert ledger.done("score") == set()
+    assert data.read_table("chunk-000012.parquet") == TABLE
+
+
+def test_the_record_comes_after_all_data_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger(Folder.at(tmp_path / "ledger"))
+    pairs, drops = Folder.at(tmp_path / "pairs"), Folder.at(tmp_path / "drops")
+    write = Folder.write_table
+
+    def fails_for_drops(self: Folder, name: str, table: pa.Table) -> None:
+        if self == drops:
+            raise OSError("disk full")
+        write(self, name, table)
+
+    monkeypatch.setattr(Folder, "write_table", fails_for_drops)
+    with pytest.raises(OSError, match="disk full"):
+        ledger.commit("select", 0, {"paired": 2}, {pairs: TABLE, drops: TABLE})
+    assert ledger.done("select") == set()
+    monkeypatch.undo()
+    ledger.commit("select", 0, {"paired": 2}, {pairs: TABLE, drops: TABLE})
+    assert ledger.done("select") == {0}
+
+
+def test_committing_a_chunk_again_replaces_it(tmp_path: Path) -> None:
+    ledger, data = Ledger(Folder.at(tmp_path / "ledger")), Folder.at(tmp_path / "groups")
+    for _ in range(2):
+        ledger.commit("sample", 3, {"tokens": 5}, {data: TABLE})
+    assert ledger.done("sample") == {3}
+    assert ledger.totals("sample") == {"tokens": 5}
+    assert data.read_all() == TABLE
+
+
+def test_totals_add_up_over_chunks_and_leave_the_facts_out(tmp_path: Path) -> None:
+    ledger = Ledger(Folder.at(tmp_path))
+    assert ledger.totals("sample") == {}
+    ledger.commit("sample", 0, {"tokens": 10, "seconds": 0.5}, {})
+    ledger.commit("sample", 1, {"tokens": 5, "failed": 1}, {})
+    ledger.finish("sample", {"tokens": 1000})
+    assert ledger.totals("sample") == {"tokens": 15, "seconds": 0.5, "failed": 1}
+
+
+def test_finish_marks_a_stage_and_keeps_its_facts(tmp_path: Path) -> None:
+    ledger = Ledger(Folder.at(tmp_path))
+    ledger.commit("train", 0, {}, {})
+    assert not ledger.is_finished("train")
+    ledger.finish("train", {"steps": 3, "loss": [0.7, 0.6]})
+    assert ledger.is_finished("train")
+    assert not ledger.is_finished("evaluate")
+    assert ledger.facts("train") == {"steps": 3, "loss": [0.7, 0.6]}
+
+
+def test_a_directory_belongs_to_its_configuration(tmp_path: Path) -> None:
+    config = config_for(tmp_path / "run")
+    assert rundir.check_owner(config, HASHES) is False
+    assert not (tmp_path / "run").exists()
+    run = rundir.create(config, HASHES)
+    assert rundir.check_owner(config, HASHES) is True
+    assert run.config() == config
+    manifest = run.manifest()
+    assert (manifest["data_hashes"], manifest["seed"]) == (HASHES, 0)
+    assert {"python", "rc-ray", "ray", "torch"} <= manifest["versions"].keys()
+
+
+def test_an_empty_folder_is_free(tmp_path: Path) -> None:
+    assert rundir.check_owner(config_for(tmp_path), HASHES) is False
+
+
+def test_creating_again_keeps_what_is_recorded(tmp_path: Path) -> None:
+    config = config_for(tmp_path / "run")
+    rundir.create(config, HASHES).update_manifest(scale={"helpful": 2.0})
+    before = files_below(tmp_path)
+    run = rundir.create(config, HASHES)
+    assert files_below(tmp_path) == before
+    assert run.manifest()["scale"] == {"helpful": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["seed=3"], "seed: 0 -> 3"),
+        (["generation.num_candidates=4"], "generation.num_candidates: 8 -> 4"),
+        (["rewards.helpful.model=other/model"], "rewards.helpful.model: 'some/helpful' -> 'other/model'"),
+        (["rewards.third={kind: classifier, model: m}"], "rewards.third: '(absent)' ->"),
+    ],
+)
+def test_another_configuration_is_refused_with_the_difference(overrides: list[str], line: str, tmp_path: Path) -> None:
+    rundir.create(config_for(tmp_path), HASHES)
+    before = files_below(tmp_path)
+    for open_directory in (rundir.check_owner, rundir.create):
+        with pytest.raises(ResumeError) as caught:
+            open_directory(config_for(tmp_path, *overrides), HASHES)
+        assert line in str(caught.value)
+        assert str(tmp_path) in str(caught.value)
+        assert "another `output`" in str(caught.value)
+    assert files_below(tmp_path) == before
+
+
+def test_other_data_are_refused_with_both_hashes(tmp_path: Path) -> None:
+    rundir.create(config_for(tmp_path), HASHES)
+    with pytest.raises(ResumeError, match="content of prompts: 1234 -> 5678"):
+        rundir.check_owner(config_for(tmp_path), {"prompts": "5678"})
+
+
+def test_a_change_of_deployment_only_is_accepted(tmp_path: Path) -> None:
+    rundir.create(config_for(tmp_path), HASHES)
+    moved = [
+        "generation.pool.size=4",
+        "cluster.chunk_size=3",
+        "training.per_device_batch_size=4",
+        "rewards.helpful.pool.size=2",
+    ]
+    assert rundir.check_owner(config_for(tmp_path, *moved), HASHES) is True
+
+
+def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    for open_directory in (rundir.check_owner, rundir.create):
+        with pytest.raises(ResumeError, match=r"not empty and is no run directory.*new or empty folder"):
+            open_directory(config_for(tmp_path), HASHES)
+    assert files_below(tmp_path) == {"thesis.txt": b"years of work"}
+
+
+def test_only_a_run_directory_can_be_opened(tmp_path: Path) -> None:
+    for place in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(DataError, match=r"is not a run directory.*rc-ray run CONFIG"):
+            rundir.open_existing(str(place))
+    rundir.create(config_for(tmp_path / "run"), HASHES)
+    assert rundir.open_existing(str(tmp_path / "run")).config() == config_for(tmp_path / "run")

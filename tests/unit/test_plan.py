@@ -1,0 +1,167 @@
+"""Pool sizes for a cluster: what fits is returned with its reason, what cannot is an error that says what to change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rc_ray.config import Config, load_config
+from rc_ray.errors import ClusterError
+from rc_ray.pipeline.plan import make_plan, reward_threads
+
+BASE: dict[str, Any] = {
+    "model": "some/model",
+    "output": "runs/x",
+    "prompts": {"path": "prompts.jsonl"},
+    "rewards": {
+        "helpful": {"kind": "classifier", "model": "some/helpful"},
+        "harmless": {"kind": "classifier", "model": "some/harmless"},
+        "length": {"kind": "rule", "function": "rc_ray.rewards.rules:length_near", "args": {"target_words": 20}},
+    },
+}
+
+
+def config(*overrides: str) -> Config:
+    return load_config(BASE, overrides)
+
+
+def test_eight_cpus_hold_all_pools_at_once() -> None:
+    plan = make_plan(config(), cpus=8, gpus=0)
+    assert plan.mode == "streaming"
+    assert "fit at once" in plan.mode_reason
+    assert plan.generation.num_cpus == 1
+    assert {name: pool.num_cpus for name, pool in plan.rewards.items()} == {"helpful": 0.5, "harmless": 0.5, "length": 0.1}
+    assert [pool.num_gpus for pool in (plan.generation, *plan.rewards.values())] == [0, 0, 0, 0]
+    assert plan.task_cpus == 0.25
+    assert (plan.train_cpus, plan.train_gpus) == (1, 0)
+    assert all("tickets cut" not in line for line in plan.lines())
+
+
+@pytest.mark.parametrize("cpus", [2, 1, 0.5])
+def test_tickets_are_cut_to_fit_few_cpus_and_say_so(cpus: float) -> None:
+    plan = make_plan(config(), cpus=cpus, gpus=0)
+    pools = [plan.generation, *plan.rewards.values()]
+    assert plan.mode == "streaming"
+    assert all(pool.num_cpus > 0 for pool in pools)
+    # One reader and one writer run beside the pools.
+    assert sum(pool.total_cpus for pool in pools) + 2 * plan.task_cpus <= cpus
+    assert all(f"cut to fit {cpus:g} CPUs" in pool.reason for pool in pools)
+    assert 2 * plan.train_cpus <= cpus
+
+
+def test_pool_sizes_count() -> None:
+    sizes = config("generation.pool.size=4", "rewards.helpful.pool.size=6")
+    roomy = make_plan(sizes, cpus=9, gpus=0, num_nodes=3)
+    assert (roomy.generation.total_cpus, roomy.rewards["helpful"].total_cpus) == (4, 3)
+    assert roomy.engines_per_host == 2
+    tight = make_plan(sizes, cpus=4, gpus=0)
+    assert sum(p.total_cpus for p in (tight.generation, *tight.rewards.values())) + 2 * tight.task_cpus <= 4
+    assert (tight.rewards["helpful"].size, tight.engines_per_host) == (6, 4)
+
+
+def test_num_cpus_of_the_user_is_kept_while_others_are_cut() -> None:
+    plan = make_plan(config("generation.pool.num_cpus=0.6"), cpus=2, gpus=0)
+    assert plan.generation.num_cpus == 0.6
+    assert "cut" not in plan.generation.reason
+    assert plan.rewards["helpful"].num_cpus < 0.5
+
+
+def test_num_cpus_of_the_user_that_cannot_fit_is_an_error() -> None:
+    with pytest.raises(ClusterError) as caught:
+        make_plan(config("generation.pool.num_cpus=3"), cpus=2, gpus=0)
+    for word in ("generation", "cluster has 2", "pool.num_cpus", "pool.size"):
+        assert word in str(caught.value)
+
+
+def test_enough_gpus_hold_all_pools_at_once() -> None:
+    plan = make_plan(config(), cpus=32, gpus=3)
+    assert plan.mode == "streaming"
+    assert plan.generation.num_gpus == 1
+    assert {name: pool.num_gpus for name, pool in plan.rewards.items()} == {"helpful": 1, "harmless": 1, "length": 0}
+    assert plan.train_gpus == 1
+    assert "1 GPU each" in plan.generation.reason
+
+
+def test_too_few_gpus_for_all_pools_at_once_give_two_phases() -> None:
+    plan = make_plan(config(), cpus=32, gpus=2)
+    assert plan.mode == "phased"
+    assert plan.mode_reason == "the pools need 3 GPUs at once and the cluster has 2; generation first, scoring after"
+    assert f"mode        phased  ({plan.mode_reason})" in plan.lines()
+
+
+def test_fractions_of_a_gpu_keep_the_pools_together() -> None:
+    shared = [f"rewards.{name}.pool.num_gpus=0.5" for name in ("helpful", "harmless")]
+    assert make_plan(config(*shared), cpus=32, gpus=2).mode == "streaming"
+
+
+def test_too_few_gpus_even_for_one_phase_are_an_error_that_says_what_to_change() -> None:
+    with pytest.raises(ClusterError) as caught:
+        make_plan(config("training.enabled=false"), cpus=32, gpus=1)
+    for word in ("helpful + harmless + length need 2 GPUs", "cluster has 1", "rewards.<name>.pool.num_gpus", "add GPUs"):
+        assert word in str(caught.value)
+    with pytest.raises(ClusterError, match=r"generation need 4 GPUs at once.*generation\.pool\.size"):
+        make_plan(config("generation.pool.size=4"), cpus=32, gpus=2)
+
+
+def test_parallel_sizes_of_the_engine_are_its_gpus() -> None:
+    engine = ["generation.engine={tensor_parallel_size: 2, pipeline_parallel_size: 2}"]
+    plan = make_plan(config(*engine), cpus=32, gpus=6)
+    assert (plan.generation.num_gpus, plan.mode) == (4, "streaming")
+    assert make_plan(config(*engine), cpus=32, gpus=5).mode == "phased"
+    assert make_plan(config(*engine), cpus=32, gpus=0).generation.num_gpus == 0
+    assert make_plan(config(*engine, "generation.pool.num_gpus=2"), cpus=32, gpus=4).generation.num_gpus == 2
+
+
+def test_asking_for_gpus_that_are_not_there_is_an_error() -> None:
+    with pytest.raises(ClusterError, match="cluster has 0"):
+        make_plan(config("generation.pool.num_gpus=1"), cpus=8, gpus=0)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["training.num_workers=4", "training.num_cpus_per_worker=3"],
+        ["training.num_gpus_per_worker=1"],
+    ],
+)
+def test_training_workers_that_do_not_fit_are_an_error(overrides: list[str]) -> None:
+    with pytest.raises(ClusterError, match=r"training\.num_workers = \d.*does not fit.*lower num_workers"):
+        make_plan(config(*overrides), cpus=8, gpus=0)
+    assert make_plan(config(*overrides, "training.enabled=false"), cpus=8, gpus=0).mode == "streaming"
+
+
+def test_training_workers_need_a_gpu_each_on_a_gpu_cluster() -> None:
+    with pytest.raises(ClusterError, match="4 x "):
+        make_plan(config("training.num_workers=4"), cpus=32, gpus=3)
+    assert make_plan(config("training.num_workers=4", "training.num_gpus_per_worker=0.5"), cpus=32, gpus=3).train_gpus == 0.5
+
+
+def test_many_training_workers_share_few_cpus() -> None:
+    plan = make_plan(config("training.num_workers=8"), cpus=2, gpus=0)
+    assert 0 < 8 * plan.train_cpus <= 2
+
+
+def test_the_mode_of_the_configuration_is_taken_and_still_has_to_fit() -> None:
+    plan = make_plan(config("cluster.mode=phased"), cpus=8, gpus=0)
+    assert (plan.mode, plan.mode_reason) == ("phased", "set in the configuration")
+    with pytest.raises(ClusterError, match="need 3 GPUs at once and the cluster has 2"):
+        make_plan(config("cluster.mode=streaming"), cpus=32, gpus=2)
+
+
+def test_phases_are_fitted_one_by_one() -> None:
+    # 1 + 0.5 CPUs for generation fit into 2, and so do 0.5 + 0.5 + 0.1 + 0.5 for scoring; together they would not.
+    phased = make_plan(config("cluster.mode=phased"), cpus=2, gpus=0)
+    assert phased.generation.num_cpus == 1
+    assert phased.rewards["helpful"].num_cpus == 0.5
+
+
+def test_every_pool_has_a_line() -> None:
+    lines = make_plan(config(), cpus=8, gpus=0).lines()
+    assert [line.split()[0] for line in lines] == ["generation", "helpful", "harmless", "length", "mode"]
+    assert lines[0] == "generation  1 actor(s) x 1 CPU, 0 GPU  (size 1 as configured, on CPU)"
+
+
+def test_reward_threads_share_the_cores_and_are_never_none() -> None:
+    assert reward_threads(10_000) == 1
+    assert reward_threads(0) >= reward_threads(1) >= 1

@@ -1,0 +1,181 @@
+"""Preference pairs: the forms they come in, what is left out, and the split and interval of reward-model training."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rc_ray.errors import DataError
+from rc_ray.training.preferences import Preference, read_preferences
+from rc_ray.training.reward_model import RewardTrainingOptions, split_by_prompt, wilson_interval
+
+ASKED = [{"role": "user", "content": "Why is the sky blue?"}]
+
+
+def read(folder: Path, rows: list[Any], name: str = "pairs.jsonl") -> tuple[list[Preference], Counter[str]]:
+    path = folder / name
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1))
+    else:
+        text = "\n".join(json.dumps(row) for row in rows) + "\n\n"
+        path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return read_preferences(str(path))
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz", "pairs.json", "pairs.parquet"])
+def test_plain_strings_in_every_file_format(name: str, tmp_path: Path) -> None:
+    rows = [{"prompt": "Why is the sky blue?", "chosen": f"Scattering {i}.", "rejected": "No idea."} for i in range(3)]
+    pairs, left_out = read(tmp_path, rows, name)
+    assert pairs == [Preference(ASKED, f"Scattering {i}.", "No idea.") for i in range(3)]
+    assert not left_out
+
+
+def test_message_lists_as_a_run_writes_them(tmp_path: Path) -> None:
+    row = {
+        "prompt": [{"role": "system", "content": "Be brief."}, *ASKED],
+        "chosen": [{"role": "assistant", "content": "Scattering."}],
+        "rejected": [{"role": "assistant", "content": "Magic."}],
+        "prompt_id": "0",
+    }
+    for name in ("pairs.jsonl", "pairs.parquet"):
+        pairs, _ = read(tmp_path, [row], name)
+        assert pairs == [Preference([{"role": "system", "content": "Be brief."}, *ASKED], "Scattering.", "Magic.")]
+
+
+def test_transcripts_end_with_the_answers(tmp_path: Path) -> None:
+    start = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Why is the sky blue?\n\nAssistant:"
+    pairs, left_out = read(tmp_path, [{"chosen": f"{start} Light\n\nscatters. ", "rejected": f"{start} It is not."}])
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}, *ASKED]
+    assert pairs == [Preference(turns, "Light\n\nscatters.", "It is not.")]
+    assert not left_out
+
+
+@pytest.mark.parametrize("scores", [[1, 0], [0.25, 0.75]])
+def test_scored_transcripts_put_the_better_one_first(scores: list[float], tmp_path: Path) -> None:
+    texts = [f"\n\nHuman: Why is the sky blue?\n\nAssistant: {answer}" for answer in ("first", "second")]
+    pairs, _ = read(tmp_path, [{"text": texts, "score": scores}])
+    expected = ("first", "second") if scores[0] > scores[1] else ("second", "first")
+    assert pairs == [Preference(ASKED, *expected)]
+
+
+def test_rows_that_are_no_preference_are_counted_by_reason(tmp_path: Path) -> None:
+    def transcript(question: str, answer: str) -> str:
+        return f"\n\nHuman: {question}\n\nAssistant: {answer}"
+
+    rows = [
+        {"text": [transcript("q", "a"), transcript("q", "b")], "score": [1, 1]},
+        {"text": [transcript("q", "a"), transcript("r", "b")], "score": [1, 0]},
+        {"chosen": transcript("q", "a"), "rejected": transcript("q", "a ")},
+        {"chosen": transcript("q", "a"), "rejected": transcript("q", "a\n\nHuman: more")},
+        {"chosen": "\n\nHuman: q\n\nHuman: x", "rejected": "\n\nHuman: q\n\nHuman: y"},
+        {"chosen": "no transcript", "rejected": "at all"},
+        {"prompt": "q", "chosen": "same", "rejected": "same"},
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+    ]
+    pairs, left_out = read(tmp_path, rows)
+    assert len(pairs) == 1
+    assert left_out == {"equal scores": 1, "prompts differ": 3, "equal answers": 2, "no assistant answer at the end": 1}
+    assert len(pairs) + left_out.total() == len(rows)
+
+
+def test_a_file_without_any_preference_is_an_error_with_the_counts(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no usable preference.*'equal answers': 2"):
+        read(tmp_path, [{"prompt": "q", "chosen": "a", "rejected": "a"}] * 2)
+
+
+def test_unknown_columns_are_named_with_the_row(tmp_path: Path) -> None:
+    rows = [{"prompt": "q", "chosen": "a", "rejected": "b"}, {"question": "q", "good": "a"}]
+    with pytest.raises(DataError, match=r"pairs\.jsonl row 2: columns \['good', 'question'\].*prompt/chosen/rejected"):
+        read(tmp_path, rows)
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    for absent in (str(tmp_path / "absent.jsonl"), "embedded:nope"):
+        with pytest.raises(DataError, match=r"no such file.*embedded:helpful, embedded:harmless") as caught:
+            read_preferences(absent)
+        assert absent in str(caught.value)
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "q"\n')
+    with pytest.raises(DataError, match=r"broken\.jsonl.*not valid JSON"):
+        read_preferences(str(tmp_path / "broken.jsonl"))
+
+
+def preferences(num_prompts: int, per_prompt: int = 1) -> list[Preference]:
+    return [
+        Preference([{"role": "user", "content": f"question {p}"}], f"good {i}", f"bad {i}")
+        for i in range(per_prompt)
+        for p in range(num_prompts)
+    ]
+
+
+def prompts_of(pairs: list[Preference]) -> set[str]:
+    return {pair.messages[0]["content"] for pair in pairs}
+
+
+def test_all_pairs_of_a_prompt_are_on_one_side_of_the_split() -> None:
+    train, test = split_by_prompt(preferences(20, per_prompt=3), RewardTrainingOptions(num_test=9))
+    assert not prompts_of(train) & prompts_of(test)
+    assert len(prompts_of(train) | prompts_of(test)) == 20
+    assert (len(train), len(test)) == (51, 9)
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        (RewardTrainingOptions(), (36, 4)),
+        (RewardTrainingOptions(num_test=10), (30, 10)),
+        (RewardTrainingOptions(num_test=10, num_train=5), (5, 10)),
+        (RewardTrainingOptions(num_test=39), (1, 39)),
+        (RewardTrainingOptions(num_train=1000), (36, 4)),
+    ],
+)
+def test_sizes_of_the_split(options: RewardTrainingOptions, sizes: tuple[int, int]) -> None:
+    train, test = split_by_prompt(preferences(40), options)
+    assert (len(train), len(test)) == sizes
+
+
+def test_at_least_one_pair_is_held_out() -> None:
+    train, test = split_by_prompt(preferences(3), RewardTrainingOptions())
+    assert (len(train), len(test)) == (2, 1)
+
+
+def test_the_split_depends_on_the_seed_alone() -> None:
+    first, again, other = (split_by_prompt(preferences(40), RewardTrainingOptions(seed=seed)) for seed in (1, 1, 2))
+    assert first == again
+    assert prompts_of(first[1]) != prompts_of(other[1])
+
+
+@pytest.mark.parametrize("options", [RewardTrainingOptions(num_test=40), RewardTrainingOptions(num_test=99)])
+def test_too_few_pairs_for_the_split_are_an_error(options: RewardTrainingOptions) -> None:
+    with pytest.raises(DataError, match=rf"40 pairs are too few for {options.num_test} held out.*--num-test"):
+        split_by_prompt(preferences(40), options)
+
+
+@pytest.mark.parametrize(
+    ("successes", "count", "low", "high"),
+    [
+        # Newcombe, Statistics in Medicine 17 (1998), table I, method 3: 81/263, 15/148, 0/20, 1/29.
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0000, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (8, 10, 0.4902, 0.9433),
+    ],
+)
+def test_wilson_interval_gives_published_values(successes: int, count: int, low: float, high: float) -> None:
+    assert wilson_interval(successes, count) == pytest.approx((low, high), abs=6e-5)
+
+
+def test_wilson_interval_is_symmetric_and_narrows() -> None:
+    low, high = wilson_interval(3, 10)
+    assert wilson_interval(7, 10) == pytest.approx((1 - high, 1 - low))
+    wide, narrow = wilson_interval(50, 100), wilson_interval(5000, 10_000)
+    assert narrow[1] - narrow[0] < (wide[1] - wide[0]) / 5

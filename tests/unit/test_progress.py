@@ -1,0 +1,166 @@
+"""Progress lines, the board that counts, and the reporter that feeds it; all without Ray."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rc_ray.pipeline import progress
+from rc_ray.pipeline.progress import ProgressBoard, Reporter, StageProgress, duration
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0s"),
+        (0.4, "0s"),
+        (59.4, "59s"),
+        (59.6, "1m 00s"),
+        (80, "1m 20s"),
+        (3599.6, "1h 00m"),
+        (3600, "1h 00m"),
+        (7384, "2h 03m"),
+        (100 * 3600, "100h 00m"),
+    ],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("stage", "line"),
+    [
+        # No worker is ready, then one is, then half the work is done after 10 s of it.
+        (StageProgress("sample", "prompts", 96), "sample    0/96 prompts    0 %  starting"),
+        (StageProgress("sample", "prompts", 96, started_s=5, ready_s=9, updated_s=9), "sample    0/96 prompts    0 %  working"),
+        (
+            StageProgress("sample", "prompts", 96, 48, 0, 2000, started_s=5, ready_s=9, updated_s=19),
+            "sample    48/96 prompts   50 %  200 tok/s  ETA 10s",
+        ),
+        # Resumed units count as done and not for the rate: 16 took 8 s, so 32 more take 16 s.
+        (
+            StageProgress("sample", "prompts", 96, 64, 48, started_s=0, ready_s=2, updated_s=10),
+            "sample    64/96 prompts   67 %  ETA 16s",
+        ),
+        (
+            StageProgress("score", "prompts", 96, 96, 48, 500, started_s=0, ready_s=50, updated_s=100),
+            "score     96/96 prompts  100 %  10 tok/s  done in 1m 40s",
+        ),
+        (StageProgress("select", "chunks", 12, 12, 12), "select    12/12 chunks  100 %  nothing left to do"),
+        (StageProgress("select", "chunks", 0), "select    0/0 chunks  100 %  nothing left to do"),
+    ],
+)
+def test_the_line_of_a_stage(stage: StageProgress, line: str) -> None:
+    assert stage.line() == line
+
+
+class Clock:
+    """A monotonic clock that the test moves."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    return clock
+
+
+def test_the_board_follows_a_stage_from_start_to_end(clock: Clock) -> None:
+    board = ProgressBoard()
+    board.begin("sample", "prompts", 40, resumed=10)
+    assert board.lines()["sample"].endswith("25 %  starting")
+    clock.now += 60
+    board.ready("sample")
+    assert board.lines()["sample"].endswith("working")
+    clock.now += 5
+    board.ready("sample")  # a second worker does not restart the clock
+    clock.now += 5
+    board.advance("sample", 15, 1000)
+    assert board.lines()["sample"].endswith("25/40 prompts   62 %  100 tok/s  ETA 10s")
+    clock.now += 10
+    board.advance("sample", 15, 1000)
+    assert board.lines()["sample"].endswith("40/40 prompts  100 %  100 tok/s  done in 1m 20s")
+
+
+def test_the_board_never_exceeds_the_total() -> None:
+    board = ProgressBoard()
+    board.begin("sample", "prompts", 10, resumed=4)
+    for _ in range(5):
+        board.advance("sample", 3, 0)
+    assert "10/10 prompts  100 %" in board.lines()["sample"]
+
+
+def test_the_board_keeps_stages_apart_and_ignores_unknown_ones() -> None:
+    board = ProgressBoard()
+    board.begin("sample", "prompts", 10)
+    board.begin("score", "prompts", 10)
+    board.advance("score", 5, 0)
+    board.advance("nobody", 5, 5)
+    board.ready("nobody")
+    assert list(board.lines()) == ["sample", "score"]
+    assert "0/10" in board.lines()["sample"]
+    assert "5/10" in board.lines()["score"]
+
+
+class RecordedMethod:
+    """A method of an actor handle that keeps the calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def remote(self, *arguments: Any) -> None:
+        self.calls.append(arguments)
+
+
+class FakeBoard:
+    def __init__(self) -> None:
+        self.advance, self.ready = RecordedMethod(), RecordedMethod()
+
+
+def test_the_reporter_adds_up_and_sends_once_a_second(clock: Clock) -> None:
+    board = FakeBoard()
+    reporter = Reporter(board, "sample")
+    reporter.ready()
+    assert board.ready.calls == [("sample",)]
+    reporter.add(1, 10)
+    assert board.advance.calls == [("sample", 1, 10)]
+    for _ in range(4):
+        clock.now += 0.2
+        reporter.add(1, 10)
+    assert len(board.advance.calls) == 1
+    clock.now += 0.3
+    reporter.add(tokens=5)
+    assert board.advance.calls[1:] == [("sample", 4, 45)]
+
+
+def test_flush_sends_the_rest_once(clock: Clock) -> None:
+    board = FakeBoard()
+    reporter = Reporter(board, "score")
+    reporter.add(done=2)
+    reporter.add(done=3, tokens=7)
+    reporter.flush()
+    reporter.flush()
+    assert board.advance.calls == [("score", 2, 0), ("score", 3, 7)]
+
+
+def test_an_idle_reporter_sends_nothing() -> None:
+    board = FakeBoard()
+    reporter = Reporter(board, "score")
+    reporter.add()
+    reporter.flush()
+    assert board.advance.calls == []
+
+
+def test_without_a_board_nothing_happens() -> None:
+    reporter = Reporter(None, "sample")
+    reporter.ready()
+    reporter.add(3, 30)
+    reporter.flush()
+    assert reporter._board is None
