@@ -69,10 +69,12 @@ def sample(config: ConfigSource, prompts: Dataset | str | None = None, *, overri
         return _read_groups(resolved)
     from rc_ray.pipeline.graph import attach_generation, policy_of
 
-    plan = _connect(resolved)
+    source = resolved.prompts
     if isinstance(prompts, str):
         source = resolved.prompts.model_copy(update={"path": prompts})
         check_source("prompts", source)
+    plan = _connect(resolved)
+    if isinstance(prompts, str):
         cells: Iterator[Any] = read_cells("prompts", source)
     else:
         column = resolved.prompts.column
@@ -103,8 +105,9 @@ def score(config: ConfigSource, groups: Dataset | str | None = None, *, override
         return _read_groups(resolved)
     from rc_ray.pipeline.graph import attach_rewards
 
+    _check_input(groups, "groups")
     plan = _connect(resolved)
-    return attach_rewards(_dataset(groups, "groups"), resolved, plan)
+    return attach_rewards(_dataset(groups), resolved, plan)
 
 
 def select(config: ConfigSource, groups: Dataset | str | None = None, *, overrides: Iterable[str] = ()) -> Selection:
@@ -123,8 +126,9 @@ def select(config: ConfigSource, groups: Dataset | str | None = None, *, overrid
         _connect(resolved)
         run_dir = rundir.open_existing(resolved.output)
         return Selection(ray.data.read_parquet(run_dir.pairs.uri), ray.data.read_parquet(run_dir.drops.uri))
+    _check_input(groups, "groups")
     _connect(resolved)
-    scored = _dataset(groups, "groups").materialize()
+    scored = _dataset(groups).materialize()
     objectives = [n.removeprefix(schemas.REWARD_PREFIX) for n in scored.columns() or [] if n.startswith(schemas.REWARD_PREFIX)]
     if not objectives:
         raise DataError(f"groups have no {schemas.REWARD_PREFIX}* column; run `score` on them first")
@@ -195,6 +199,7 @@ def evaluate(config: ConfigSource, model: str | None = None, *, overrides: Itera
     from rc_ray.pipeline.graph import attach_generation, attach_rewards, policy_of
 
     check_model("model", model)
+    check_source("evaluation.prompts", resolved.evaluation.prompts)
     import ray
 
     plan = _connect(resolved)
@@ -232,15 +237,17 @@ def _read_groups(config: Config) -> Dataset:
     return ray.data.read_parquet(rundir.open_existing(config.output).candidates.uri)
 
 
-def _dataset(source: Dataset | str, what: str) -> Dataset:
+def _check_input(source: Dataset | str, what: str) -> None:
+    if isinstance(source, str) and not Folder.at(source).exists():
+        raise DataError(f"{what} = {source!r}: no such file or folder; give Parquet files")
+
+
+def _dataset(source: Dataset | str) -> Dataset:
     if not isinstance(source, str):
         return source
     import ray
 
-    folder = Folder.at(source)
-    if not folder.exists():
-        raise DataError(f"{what} = {source!r}: no such file or folder; give Parquet files")
-    return ray.data.read_parquet(folder.uri)
+    return ray.data.read_parquet(Folder.at(source).uri)
 
 
 def _table(dataset: Dataset) -> pa.Table:

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     # Reward functions of the user's own are found in the folder the command is called from, here and on Ray's workers.
-    sys.path.insert(0, os.getcwd())
+    sys.path.append(os.getcwd())
     # Ray and Hugging Face libraries read these when they are imported, which happens later.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -169,6 +169,8 @@ def _stage(options: argparse.Namespace) -> None:
     if options.output is None:
         raise ConfigError("--output is missing; with --input, say where the result goes")
     config = load_config(_source(options), options.overrides)  # type: ignore[arg-type]
+    if name == "evaluate" and not Path(options.output).absolute().parent.is_dir():
+        raise DataError(f"--output = {options.output!r}: its folder does not exist; make it first")
     target = Folder.at(options.output)
     if not target.is_empty():
         raise DataError(f"--output = {options.output!r}: it exists and is not empty; give a new place")

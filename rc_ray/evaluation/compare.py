@@ -5,6 +5,7 @@ Invariant: only prompts that both policies answered with a full set of rewards a
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -70,7 +71,7 @@ def prompt_means(groups: pa.Table, objectives: list[str]) -> dict[str, np.ndarra
     means = {}
     for group in groups.to_pylist():
         rewards = [group[schemas.reward_column(name)] or [] for name in objectives]
-        if group["candidates"] and all(r and all(v is not None for v in r) for r in rewards):
+        if group["candidates"] and all(r and all(v is not None and math.isfinite(v) for v in r) for r in rewards):
             means[group["prompt_id"]] = np.asarray(rewards, dtype=np.float64).mean(axis=1)
     return means
 
@@ -105,11 +106,16 @@ def compare(before: pa.Table, after: pa.Table, objectives: list[str], config: Ev
             )
             for k, name in enumerate(objectives)
         },
-        mean_tokens_before=_mean_tokens(before),
-        mean_tokens_after=_mean_tokens(after),
+        mean_tokens_before=_mean_tokens(before, set(ids)),
+        mean_tokens_after=_mean_tokens(after, set(ids)),
     )
 
 
-def _mean_tokens(groups: pa.Table) -> float:
-    lengths = [len(c["token_ids"]) for group in groups.column("candidates").to_pylist() for c in group or []]
-    return float(np.mean(lengths)) if lengths else 0.0
+def _mean_tokens(groups: pa.Table, ids: set[str]) -> float:
+    lengths = [
+        len(c["token_ids"])
+        for g in groups.select(["prompt_id", "candidates"]).to_pylist()
+        if g["prompt_id"] in ids
+        for c in g["candidates"]
+    ]
+    return float(np.mean(lengths))

@@ -111,14 +111,20 @@ def check_owner(config: Config, data_hashes: dict[str, str]) -> bool:
             f"output = {config.output!r}: the folder is not empty and is no run directory (no manifest.json); "
             "give a new or empty folder"
         )
-    manifest = RunDir(root).manifest()
+    try:
+        manifest = RunDir(root).manifest()
+        recorded = (manifest["fingerprint"], manifest["result_fields"], manifest["data_hashes"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ResumeError(
+            f"output = {config.output!r}: its manifest.json is damaged ({type(error).__name__}: {error}); restore it, or give a new folder"
+        ) from None
     changed: list[str] = []
-    if manifest["fingerprint"] != fingerprint(config):
-        changed = differences(manifest["result_fields"], result_fields(config))
+    if recorded[0] != fingerprint(config):
+        changed = differences(recorded[1], result_fields(config))
     changed += [
-        f"content of {name}: {manifest['data_hashes'].get(name)} -> {value}"
+        f"content of {name}: {recorded[2].get(name)} -> {value}"
         for name, value in data_hashes.items()
-        if manifest["data_hashes"].get(name) != value
+        if recorded[2].get(name) != value
     ]
     if changed:
         lines = "\n".join(f"  {line}" for line in changed)
@@ -133,7 +139,6 @@ def create(config: Config, data_hashes: dict[str, str]) -> RunDir:
     """Opens the run directory of a configuration, made if need be; see `check_owner` for errors."""
     run = RunDir(Folder.at(config.output))
     if not check_owner(config, data_hashes):
-        run.root.write_bytes("config.yaml", to_yaml(config).encode())
         run.root.write_json(
             "manifest.json",
             {
@@ -145,6 +150,9 @@ def create(config: Config, data_hashes: dict[str, str]) -> RunDir:
                 "versions": versions(),
             },
         )
+    # After the manifest, which alone says whose directory it is; a kill in between is mended here.
+    if not run.root.exists("config.yaml"):
+        run.root.write_bytes("config.yaml", to_yaml(config).encode())
     return run
 
 

@@ -54,7 +54,8 @@ class Folder:
             ) from None
 
     def __truediv__(self, name: str) -> Folder:
-        return Folder(f"{self.uri}/{name}")
+        base, mark, query = self.uri.partition("?") if not self.is_local else (self.uri, "", "")
+        return Folder(f"{base}/{name}{mark}{query}")
 
     def names(self, suffix: str = "") -> list[str]:
         """Sorted names of the plain files in this folder; empty when it does not exist."""
@@ -69,9 +70,12 @@ class Folder:
         return bool(found.type != pafs.FileType.NotFound)
 
     def is_empty(self) -> bool:
-        """Whether the folder is absent or holds nothing."""
+        """Whether the folder is absent or holds nothing but what a killed write left behind."""
         filesystem, path = self.filesystem()
-        return not filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+        if filesystem.get_file_info(path).type == pafs.FileType.File:
+            return False
+        infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+        return all(i.base_name.startswith(".") and i.base_name.endswith(".tmp") for i in infos)
 
     def read_bytes(self, name: str) -> bytes:
         """A file's content."""

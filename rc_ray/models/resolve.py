@@ -108,5 +108,8 @@ def max_context(name: str) -> int | None:
         if not isinstance(cached, str):
             return None
         path = Path(cached)
-    value = json.loads(path.read_text()).get("max_position_embeddings")
+    try:
+        value = json.loads(path.read_text()).get("max_position_embeddings")
+    except (ValueError, AttributeError) as error:
+        raise ModelError(f"model {name!r}: {str(path)!r} is not a model configuration: {error}") from None
     return int(value) if value else None

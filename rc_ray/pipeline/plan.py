@@ -91,29 +91,12 @@ def make_plan(config: Config, cpus: float, gpus: float, num_nodes: int = 1) -> P
                 f"{' + '.join(p.name for p in phase)} need {needed:g} GPUs at once and the cluster has {gpus:g}; lower "
                 "generation.pool.size or rewards.<name>.pool.num_gpus (fractions share a GPU), or add GPUs"
             )
-        needed_cpus = sum(p.total_cpus for p in phase) + 2 * task_cpus
-        if needed_cpus > cpus:
-            # Tickets only order the work, so smaller ones cost nothing; keep those that the user has set.
-            free = cpus * 0.95
-            factor = free / needed_cpus
-            task_cpus = min(task_cpus, math.floor(config.cluster.task_cpus * factor * 1000) / 1000)
-            for p in phase:
-                if _configured(config, p.name).num_cpus is None:
-                    smaller = math.floor(p.num_cpus * factor * 1000) / 1000
-                    pools[p.name] = Pool(
-                        p.name, p.size, smaller, p.num_gpus, f"{p.reason}; CPU tickets cut to fit {cpus:g} CPUs"
-                    )
-            left = sum(pools[p.name].total_cpus for p in phase) + 2 * task_cpus
-            if left > cpus:
-                raise ClusterError(
-                    f"{' + '.join(p.name for p in phase)} need {left:g} CPUs at once and the cluster has {cpus:g}; lower "
-                    "pool.num_cpus or pool.size, or start the cluster with more (logical) CPUs"
-                )
+        task_cpus = min(task_cpus, _fit_tickets(config, phase, pools, cpus))
     training = config.training
     train_gpus = training.num_gpus_per_worker if training.num_gpus_per_worker is not None else (1.0 if gpus else 0.0)
     train_cpus = training.num_cpus_per_worker
     if train_cpus is None:
-        train_cpus = min(1.0, math.floor(cpus * 0.9 / training.num_workers * 1000) / 1000)
+        train_cpus = min(1.0, _floor(cpus * 0.9 / training.num_workers))
     if training.enabled and (training.num_workers * train_gpus > gpus or training.num_workers * train_cpus > cpus):
         raise ClusterError(
             f"training.num_workers = {training.num_workers} x ({train_cpus:g} CPU, {train_gpus:g} GPU) does not fit the cluster's "
@@ -129,6 +112,38 @@ def make_plan(config: Config, cpus: float, gpus: float, num_nodes: int = 1) -> P
         train_gpus=train_gpus,
         engines_per_host=max(1, math.ceil(pools[GENERATION].size / max(1, num_nodes))),
     )
+
+
+def _fit_tickets(config: Config, phase: list[Pool], pools: dict[str, Pool], cpus: float) -> float:
+    """Cuts the CPU tickets of a phase to what the cluster has, in `pools`; returns those of a small task.
+
+    Tickets only order the work, so smaller ones cost nothing. Those that the user has set are kept.
+    """
+    fixed = sum(p.total_cpus for p in phase if _configured(config, p.name).num_cpus is not None)
+    flexible = sum(p.total_cpus for p in phase) - fixed
+    task_cpus = config.cluster.task_cpus
+    task_is_fixed = "task_cpus" in config.cluster.model_fields_set
+    # One reader and one writer run beside the pools.
+    fixed, flexible = (fixed + 2 * task_cpus, flexible) if task_is_fixed else (fixed, flexible + 2 * task_cpus)
+    if fixed + flexible <= cpus:
+        return task_cpus
+    free = cpus * 0.95 - fixed
+    if free <= 0 or flexible == 0:
+        raise ClusterError(
+            f"{' + '.join(p.name for p in phase)}, a reader and a writer need {fixed + flexible:g} CPUs at once, {fixed:g} of them as "
+            f"configured, and the cluster has {cpus:g}; lower pool.num_cpus or pool.size, or start it with more (logical) CPUs"
+        )
+    factor = free / flexible
+    for p in phase:
+        if _configured(config, p.name).num_cpus is None:
+            reason = f"{p.reason}; CPU tickets cut to fit {cpus:g} CPUs"
+            pools[p.name] = Pool(p.name, p.size, _floor(p.num_cpus * factor), p.num_gpus, reason)
+    return task_cpus if task_is_fixed else _floor(task_cpus * factor)
+
+
+def _floor(cpus: float) -> float:
+    """Ray counts CPUs in ten-thousandths; a thousandth is fine enough."""
+    return max(0.001, math.floor(cpus * 1000) / 1000)
 
 
 def _configured(config: Config, name: str) -> PoolConfig:

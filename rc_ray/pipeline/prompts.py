@@ -6,6 +6,7 @@ bad source (no file, no such column) stops it before anything is written.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import glob
 import gzip
@@ -65,6 +66,9 @@ class _File:
 class _Absent:
     """Marks a row without the column."""
 
+    def __repr__(self) -> str:
+        return "no such column"
+
 
 def source_files(field: str, config: PromptsConfig) -> list[_File]:
     """The files a source consists of, in order of their names.
@@ -78,7 +82,7 @@ def source_files(field: str, config: PromptsConfig) -> list[_File]:
             raise DataError(f"{field}.path = {path!r}: no such embedded prompts; there are {', '.join(EMBEDDED)}")
         path = str(EMBEDDED[path])
     filesystem, root = Folder.at(path).filesystem()
-    if any(c in path for c in "*?[") and "://" not in path:
+    if any(c in path for c in "*?[") and "://" not in path and not Path(root).exists():
         paths = sorted(glob.glob(root))
     else:
         info = filesystem.get_file_info(root)
@@ -117,7 +121,12 @@ def check_source(field: str, config: PromptsConfig) -> str:
         return f"{config.path}@{config.revision or 'main'}/{config.split}"
     digest = hashlib.blake2b(digest_size=16)
     for file in source_files(field, config):
-        columns = _columns(file, config.column)
+        try:
+            columns = _columns(file, config.column)
+        except (OSError, EOFError) as error:
+            raise DataError(f"{field}.path = {file.path!r}: cannot be read: {type(error).__name__}: {error}") from None
+        if not columns and file.format == "jsonl" and not any(True for _ in _read_file(file, config.column)):
+            raise DataError(f"{field}.path = {file.path!r}: there is no row in it; give a file with prompts")
         if config.column not in columns:
             raise DataError(
                 f"{field}.column = {config.column!r}: {file.path!r} has no such column (it has: {', '.join(columns) or 'none'}); "
@@ -136,7 +145,7 @@ def _columns(file: _File, wanted: str) -> list[str]:
         except pa.ArrowInvalid as error:
             raise DataError(f"{file.path!r} is not a Parquet file: {error}") from None
     with file.open() as stream:
-        text = io.TextIOWrapper(stream, encoding="utf-8", errors="replace", newline="")
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
         if file.format == "csv":
             csv.field_size_limit(sys.maxsize)
             return next(csv.reader(text), [])
@@ -144,7 +153,7 @@ def _columns(file: _File, wanted: str) -> list[str]:
         for _, line in zip(range(PROBE_ROWS), text, strict=False):
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 continue
             found |= dict.fromkeys(row if isinstance(row, dict) else ())
             if wanted in found:
@@ -154,14 +163,19 @@ def _columns(file: _File, wanted: str) -> list[str]:
 
 def read_cells(field: str, config: PromptsConfig) -> Iterator[Any]:
     """The prompt cell of every row in order; a `BadRow` for rows that cannot be read."""
-    if config.path.startswith("hub:"):
-        cells = _read_hub(field, config)
-    else:
-        cells = (cell for file in source_files(field, config) for cell in _read_file(file, config.column))
+    cells = _read_hub(field, config) if config.path.startswith("hub:") else _read_files(field, config)
     for number, cell in enumerate(cells):
         if config.limit is not None and number >= config.limit:
             return
         yield cell
+
+
+def _read_files(field: str, config: PromptsConfig) -> Iterator[Any]:
+    for file in source_files(field, config):
+        try:
+            yield from _read_file(file, config.column)
+        except (OSError, EOFError) as error:
+            raise DataError(f"{field}.path = {file.path!r}: reading broke off: {type(error).__name__}: {error}") from None
 
 
 def _read_hub(field: str, config: PromptsConfig) -> Iterator[Any]:
@@ -182,26 +196,41 @@ def _read_file(file: _File, column: str) -> Iterator[Any]:
     if file.format == "parquet":
         with file.filesystem.open_input_file(file.path) as source:
             for batch in pq.ParquetFile(source).iter_batches(columns=[column]):
-                yield from batch.column(column).to_pylist()
+                yield from _parquet_cells(batch.column(column))
         return
     with file.open() as stream:
         if file.format == "csv":
-            text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
+            text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
             csv.field_size_limit(sys.maxsize)
             for row in csv.DictReader(text):
                 yield row.get(column)
             return
-        for line in stream:
+        for number, line in enumerate(stream):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 0 else line
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            except (ValueError, RecursionError) as error:  # also bytes that are no UTF-8, numbers of thousands of digits
                 yield BadRow("invalid_prompt", f"not valid JSON: {error}")
                 continue
             yield (
                 row.get(column, _Absent()) if isinstance(row, dict) else BadRow("invalid_prompt", "the line is no JSON object")
             )
+
+
+def _parquet_cells(column: pa.Array) -> list[Any]:
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:
+        return [_utf8_or_bad(value) for value in column]
+
+
+def _utf8_or_bad(value: pa.Scalar) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return BadRow("invalid_prompt", "the text is not valid UTF-8")
 
 
 def to_messages(cell: Any, column: str, system: str | None = None) -> list[Message] | BadRow:
@@ -227,7 +256,7 @@ def to_messages(cell: Any, column: str, system: str | None = None) -> list[Messa
         return BadRow("invalid_prompt", f"the last message is from {messages[-1]['role']!r}, not from `user`")
     try:
         for m in messages:
-            m["content"].encode()
+            (m["role"] + m["content"]).encode()
     except UnicodeEncodeError:
         return BadRow("invalid_prompt", "the text is not valid UTF-8")
     if system is not None and messages[0]["role"] != "system":

@@ -68,7 +68,7 @@ def check(config: Config) -> dict[str, str]:
         if reward.kind == "classifier":
             check_model(f"rewards.{name}.model", reward.model, reward.revision)
         else:
-            load_function(reward.function, reward.args)
+            load_function(reward.function, reward.args, f"rewards.{name}.function")
     return hashes
 
 

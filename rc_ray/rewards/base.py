@@ -6,12 +6,14 @@ score is missing with a reason, never a number.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from rc_ray.config import ClassifierReward, RewardConfig, RuleReward
 from rc_ray.core.ids import Message
+
+# Rewards are stored in single precision; a larger number would become an infinity.
+MAX_FLOAT32 = 3.4028234663852886e38
 
 
 @dataclass(frozen=True)
@@ -22,13 +24,19 @@ class Score:
     missing: str = ""
 
     @classmethod
-    def checked(cls, value: float | None) -> Score:
-        """A score from a raw number; None, NaN and infinities become missing."""
+    def checked(cls, value: Any) -> Score:
+        """A score from what a reward returned; None, what is no number, and what float32 cannot hold become missing."""
         if value is None:
             return cls(None, "no score returned")
-        if not math.isfinite(value):
-            return cls(None, f"score is {value}")
-        return cls(float(value))
+        if isinstance(value, str | bytes):
+            return cls(None, f"score is {value!r}, not a number"[:100])
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            return cls(None, f"score is {value!r}, not a number"[:100])
+        if not abs(number) <= MAX_FLOAT32:
+            return cls(None, f"score is {number}")
+        return cls(number)
 
 
 class Reward(Protocol):

@@ -49,7 +49,8 @@ class ClassifierRewardModel:
             )
         self.model.to(self._device).eval()
         self._max_batch_tokens = config.max_batch_tokens
-        self._limit = config.max_length or length_limit(self.tokenizer, self.model.config)
+        limits = [limit for limit in (config.max_length, length_limit(self.tokenizer, self.model.config)) if limit]
+        self._limit = min(limits) if limits else None
         if self.tokenizer.pad_token_id is None:
             # Padding is masked in attention; the model finds the last real token by this id when it pools the last one.
             self.tokenizer.pad_token = self.tokenizer.eos_token

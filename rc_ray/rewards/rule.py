@@ -12,7 +12,7 @@ from rc_ray.errors import ConfigError
 from rc_ray.rewards.base import Score
 
 
-def load_function(path: str, args: dict[str, Any]) -> Callable[..., list[float | None]]:
+def load_function(path: str, args: dict[str, Any], field: str = "function") -> Callable[..., list[float | None]]:
     """The function behind `module:name`, checked to take `(prompts, answers, **args)`.
 
     Raises:
@@ -22,13 +22,15 @@ def load_function(path: str, args: dict[str, Any]) -> Callable[..., list[float |
     try:
         function = getattr(importlib.import_module(module_name), name)
     except ModuleNotFoundError as error:
-        raise ConfigError(f"function = {path!r}: {error}; the module must be importable on every node") from None
+        raise ConfigError(f"{field} = {path!r}: {error}; the module must be importable on every node") from None
     except AttributeError:
-        raise ConfigError(f"function = {path!r}: module {module_name!r} has no {name!r}; check the name") from None
+        raise ConfigError(f"{field} = {path!r}: module {module_name!r} has no {name!r}; check the name") from None
+    except Exception as error:  # the user's module: whatever it raises on import
+        raise ConfigError(f"{field} = {path!r}: importing {module_name!r} raised {type(error).__name__}: {error}") from None
     try:
         inspect.signature(function).bind([], [], **args)
-    except TypeError as error:
-        raise ConfigError(f"function = {path!r} with args {args!r}: {error}; expected f(prompts, answers, **args)") from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{field} = {path!r} with args {args!r}: {error}; expected f(prompts, answers, **args)") from None
     return function  # type: ignore[no-any-return]
 
 

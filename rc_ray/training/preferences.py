@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rc_ray.core.ids import Message
@@ -50,7 +51,10 @@ def read_preferences(path: str) -> tuple[list[Preference], Counter[str]]:
     pairs: list[Preference] = []
     left_out: Counter[str] = Counter()
     for number, row in enumerate(_rows(file)):
-        parsed = _parse(row, f"{path} row {number + 1}")
+        try:
+            parsed = _parse(row, f"{path} row {number + 1}")
+        except (TypeError, AttributeError, KeyError, IndexError, ValueError):
+            parsed = "malformed row"
         if isinstance(parsed, str):
             left_out[parsed] += 1
         else:
@@ -62,13 +66,16 @@ def read_preferences(path: str) -> tuple[list[Preference], Counter[str]]:
 
 def _rows(file: Path) -> list[dict[str, Any]]:
     if file.suffix == ".parquet":
-        return list(pq.read_table(file).to_pylist())
+        try:
+            return list(pq.read_table(file).to_pylist())
+        except pa.ArrowInvalid as error:
+            raise DataError(f"pairs = {str(file)!r}: not a Parquet file: {error}") from None
     text = gzip.decompress(file.read_bytes()).decode() if file.suffix == ".gz" else file.read_text(encoding="utf-8")
     try:
         if text.lstrip().startswith("["):
             return list(json.loads(text))
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except ValueError as error:
         raise DataError(f"pairs = {str(file)!r}: not valid JSON: {error}") from None
 
 

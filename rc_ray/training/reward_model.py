@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rc_ray.core.ids import canonical_json, prompt_id
-from rc_ray.errors import DataError
+from rc_ray.errors import ConfigError, DataError
 from rc_ray.ledger.rundir import versions
 from rc_ray.models import embedded
 from rc_ray.models.resolve import check_model, local_model
@@ -55,6 +55,12 @@ class RewardTrainingOptions:
     """Held-out pairs; None holds out a tenth."""
     seed: int = 0
     """Seed of the split, the order and the head's initial weights."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_train", "num_test", "num_epochs", "batch_size", "max_length", "learning_rate", "head_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name} = {value}: must be positive")
 
 
 @dataclass(frozen=True)
@@ -212,6 +218,10 @@ def _train(
                 on_progress(done, total, float(logs["loss"]))
 
     train_rows, test_rows = encode_pairs(train), encode_pairs(test)
+    if not train_rows or not test_rows:
+        raise DataError(
+            f"max_length = {options.max_length}: only {len(train_rows)} training and {len(test_rows)} held-out pairs have answers that fit; raise it"
+        )
     total = round(len(train_rows) * options.num_epochs)
     body = {
         name

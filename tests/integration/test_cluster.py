@@ -20,15 +20,18 @@ RAY = str(Path(sys.executable).with_name("ray"))
 STATE = (
     "import json, ray; from ray.util.state import list_actors\n"
     "ray.init(address='{address}', logging_level='ERROR', log_to_driver=False)\n"
-    "alive = [a.class_name for a in list_actors(filters=[('state', '=', 'ALIVE')])]\n"
+    "alive = [a.class_name for a in list_actors(address='{dashboard}', filters=[('state', '=', 'ALIVE')])]\n"
     "print(json.dumps(dict(nodes=sorted(n['NodeID'] for n in ray.nodes() if n['Alive']), alive=alive,"
     " groups=[g for g in ray.util.placement_group_table().values() if g['state'] != 'REMOVED'])))"
 )
 
 
 def state(cluster: LocalCluster) -> dict[str, Any]:
-    code = STATE.format(address=cluster.address)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True, cwd="/")
+    code = STATE.format(address=cluster.address, dashboard=cluster.dashboard)
+    environment = {**os.environ, **cluster.environment}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True, cwd="/", env=environment
+    )
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
@@ -50,12 +53,25 @@ def test_job_on_a_two_node_cluster(tiny_config: dict[str, Any], tmp_path: Path) 
     # Two CPUs a node: the pools' tickets have to be cut to fit.
     with two_nodes(num_cpus=2) as cluster:
         before = wait_for_two_nodes(cluster)
-        environment = {**os.environ, "RAY_ADDRESS": cluster.dashboard}
-        command = ["python", "jobs/run_rcs.py", "--config", str(tmp_path / "config.yaml"), "--set", "training.max_steps=2"]
-        submit = subprocess.run(
-            [RAY, "job", "submit", "--submission-id", "rcs", "--", *command],
-            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False,
-        )  # fmt: skip
+        environment = {**os.environ, **cluster.environment, "RAY_ADDRESS": cluster.dashboard}
+        command = [
+            sys.executable,
+            "jobs/run_rcs.py",
+            "--config",
+            str(tmp_path / "config.yaml"),
+            "--set",
+            "training.max_steps=2",
+        ]
+        deadline = time.monotonic() + 60
+        while True:
+            submit = subprocess.run(
+                [RAY, "job", "submit", "--submission-id", "rcs", "--", *command],
+                cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False,
+            )  # fmt: skip
+            # The head's job agent comes up a little after its dashboard.
+            if "No available agent" not in submit.stderr or time.monotonic() > deadline:
+                break
+            time.sleep(2)
         logs = subprocess.run(
             [RAY, "job", "logs", "rcs"], env=environment, capture_output=True, text=True, timeout=60, check=True
         ).stdout
