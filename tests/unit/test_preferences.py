@@ -179,3 +179,11 @@ def test_wilson_interval_is_symmetric_and_narrows() -> None:
     assert wilson_interval(7, 10) == pytest.approx((1 - high, 1 - low))
     wide, narrow = wilson_interval(50, 100), wilson_interval(5000, 10_000)
     assert narrow[1] - narrow[0] < (wide[1] - wide[0]) / 5
+
+
+@pytest.mark.parametrize(("name", "usable", "left_out"), [("helpful", 2343, 9), ("harmless", 2307, 5)])
+def test_hh_rlhf_is_read_whole(shared_data: Path, name: str, usable: int, left_out: int) -> None:
+    pairs, reasons = read_preferences(str(shared_data / "hh-rlhf" / "dsp-cleaned" / f"{name}.test.json"))
+    assert len(pairs) == usable
+    assert reasons == {"prompts differ": left_out}
+    assert all(p.messages[-1]["role"] == "user" and p.chosen != p.rejected for p in pairs)
