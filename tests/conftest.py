@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
+
+import rc_ray
+from rc_ray.pipeline.run import RunResult
 
 # Shared machines pause for longer than any useful deadline.
 settings.register_profile("default", deadline=None)
@@ -142,3 +147,23 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("the preference data beside the checkout (../shared/data) are not there")
     return SHARED_DATA
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run on tiny models from end to end, made once and shared by the tests that look at its parts; they must not change it."""
+
+    config: dict[str, Any]
+    folder: Path
+    result: RunResult
+    lines: list[str]
+
+
+@pytest.fixture(scope="session")
+def finished_run(tiny_config: dict[str, Any], mixed_prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    config = copy.deepcopy(tiny_config)
+    folder = tmp_path_factory.mktemp("runs") / "mixed"
+    config |= {"output": str(folder), "prompts": {"path": str(mixed_prompts)}}
+    lines: list[str] = []
+    result = rc_ray.run(config, emit=lines.append)
+    return FinishedRun(config, folder, result, lines)

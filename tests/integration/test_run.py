@@ -14,7 +14,7 @@ import pytest
 
 import rc_ray
 from rc_ray.core.ids import candidate_seed
-from tests.integration.conftest import FinishedRun
+from tests.conftest import FinishedRun
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import pytest
 
 import rc_ray
 from rc_ray.cli import main
-from tests.integration.conftest import FinishedRun
+from tests.conftest import FinishedRun
 
 
 @pytest.fixture(scope="module")
