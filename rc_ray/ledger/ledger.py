@@ -25,6 +25,11 @@ def chunk_name(chunk: int) -> str:
     return f"chunk-{chunk:06d}"
 
 
+def chunk_numbers(folder: Folder, ending: str) -> list[int]:
+    """The chunks that a folder has files of, in order; other files there are passed over."""
+    return [int(name[len("chunk-") : -len(ending)]) for name in folder.names(ending) if name.startswith("chunk-")]
+
+
 @dataclass(frozen=True)
 class Ledger:
     """The commit records below one folder."""
@@ -33,11 +38,7 @@ class Ledger:
 
     def done(self, stage: str) -> set[int]:
         """Chunks that a stage has committed."""
-        return {
-            int(name[len("chunk-") : -len(".json")])
-            for name in (self.folder / stage).names(".json")
-            if name.startswith("chunk-")
-        }
+        return set(chunk_numbers(self.folder / stage, ".json"))
 
     def commit(self, stage: str, chunk: int, counts: dict[str, Any], files: dict[Folder, pa.Table]) -> None:
         """Writes a chunk's tables, one file per folder, then the record that makes them count."""
@@ -48,10 +49,10 @@ class Ledger:
     def totals(self, stage: str) -> dict[str, float]:
         """Sum of the counts over all commits of a stage."""
         totals: dict[str, float] = {}
-        for name in (self.folder / stage).names(".json"):
-            if name.startswith("chunk-"):
-                for key, value in (self.folder / stage).read_json(name).items():
-                    totals[key] = totals.get(key, 0) + value
+        records = self.folder / stage
+        for chunk in chunk_numbers(records, ".json"):
+            for key, value in records.read_json(f"{chunk_name(chunk)}.json").items():
+                totals[key] = totals.get(key, 0) + value
         return totals
 
     def is_finished(self, stage: str) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rc_ray.config import Config
 from rc_ray.errors import ClusterError, ResumeError
-from rc_ray.ledger.ledger import Ledger, chunk_name
+from rc_ray.ledger.ledger import Ledger, chunk_name, chunk_numbers
 from rc_ray.ledger.storage import Folder
 from rc_ray.pipeline import actors
 from rc_ray.pipeline.actors import CHUNK, SAMPLED, Policy
@@ -42,7 +42,7 @@ class GroupRun:
 
     def chunks(self) -> list[int]:
         """All chunks of the prompts."""
-        return [int(n[len("chunk-") : -len(".parquet")]) for n in self.prompts.names(".parquet") if n.startswith("chunk-")]
+        return chunk_numbers(self.prompts, ".parquet")
 
 
 def policy_of(config: Config, model: str | None = None, num_candidates: int | None = None) -> Policy:

@@ -212,26 +212,18 @@ def select(config: Config, run: RunDir, session: Session | None) -> None:
 
     total = run.ledger.facts(PROMPTS)["prompts"]
     ray.get(session.board.begin.remote(SELECT, "prompts", total, int(sum(run.ledger.totals(SELECT).values()))))
-    objectives = list(config.rewards)
-    manifest = run.manifest()
-    if "scale" not in manifest:
-        rows = (
-            chunked(groups.chunks())
-            .map_batches(chunk_moments, fn_kwargs={"run": run, "objectives": objectives}, **small)
-            .take_all()
-        )
+    scale = run.manifest().get("scale") or config.selection.scale
+    if scale is None:
+        objectives = list(config.rewards)
+        dataset = chunked(groups.chunks()).map_batches(chunk_moments, fn_kwargs={"run": run, "objectives": objectives}, **small)
         # Added in the order of chunks, so that the sums do not depend on which task finished first.
-        moments = [
-            RewardMoments(*(pa.array(m).to_numpy() for m in r["moments"])) for r in sorted(rows, key=lambda r: r["chunk"])
-        ]
-        total = moments[0]
-        for m in moments[1:]:
-            total = total + m
-        run.update_manifest(scale=config.selection.scale or dict(zip(objectives, total.scale().tolist(), strict=True)))
-        manifest = run.manifest()
-    dataset = chunked(todo).map_batches(
-        select_chunk, fn_kwargs={"run": run, "config": config, "scale": manifest["scale"]}, **small
-    )
+        first, *others = (
+            RewardMoments(*(pa.array(m).to_numpy() for m in row["moments"]))
+            for row in sorted(dataset.take_all(), key=lambda row: row["chunk"])
+        )
+        scale = dict(zip(objectives, sum(others, first).scale().tolist(), strict=True))
+    run.update_manifest(scale=scale)
+    dataset = chunked(todo).map_batches(select_chunk, fn_kwargs={"run": run, "config": config, "scale": scale}, **small)
     for row in dataset.iter_rows():
         session.board.advance.remote(SELECT, row["groups"], 0)
 
