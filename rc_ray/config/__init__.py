@@ -1,6 +1,6 @@
 """Typed configuration. Imports neither ray, torch nor vllm."""
 
-from rc_ray.config.load import differences, fingerprint, load_config, result_fields, to_yaml
+from rc_ray.config.load import differences, fingerprint, load_config, load_selection, result_fields, to_yaml
 from rc_ray.config.schema import (
     ClassifierReward,
     ClusterConfig,
@@ -11,14 +11,15 @@ from rc_ray.config.schema import (
     PromptsConfig,
     RewardConfig,
     RuleReward,
-    SelectionConfig,
     TrainingConfig,
 )
+from rc_ray.config.selection import EnsembleConfig, SelectionConfig
 
 __all__ = [
     "ClassifierReward",
     "ClusterConfig",
     "Config",
+    "EnsembleConfig",
     "EvaluationConfig",
     "GenerationConfig",
     "PoolConfig",
@@ -30,6 +31,7 @@ __all__ = [
     "differences",
     "fingerprint",
     "load_config",
+    "load_selection",
     "result_fields",
     "to_yaml",
 ]

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from rc_ray.config.schema import Config
+from rc_ray.config.selection import SelectionConfig
 from rc_ray.errors import ConfigError
 
 EMBEDDED_CONFIGS = {"embedded:demo": Path(__file__).parent.parent / "demo" / "demo.yaml"}
@@ -44,6 +45,35 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Iter
         return Config.model_validate(raw)
     except ValidationError as error:
         lines = "\n".join(f"  {_explain(detail)}" for detail in error.errors())
+        raise ConfigError(f"the configuration is not valid:\n{lines}") from None
+
+
+def load_selection(source: str | Path | Config | None, overrides: Iterable[str] = ()) -> SelectionConfig:
+    """The selection section alone, for data that are scored already.
+
+    Args:
+        source: a configuration as for `load_config`, of which the other sections are not looked at; None for defaults.
+        overrides: `selection.key=value` strings.
+
+    Raises:
+        ConfigError: as `load_config`; an override of another section.
+    """
+    if isinstance(source, Config):
+        section: Any = source.selection.model_dump(mode="json", exclude_unset=True)
+    elif source is None:
+        section = {}
+    else:
+        section = _read_yaml(EMBEDDED_CONFIGS.get(str(source), Path(source))).get("selection") or {}
+    raw = {"selection": section}
+    for override in overrides:
+        if not override.startswith("selection."):
+            raise ConfigError(f"--set {override!r} has no effect on a selection from --input; use --set selection.KEY=VALUE")
+        _apply_override(raw, override)
+    try:
+        return SelectionConfig.model_validate(raw["selection"])
+    except ValidationError as error:
+        details = [ErrorDetails(**{**detail, "loc": ("selection", *detail["loc"])}) for detail in error.errors()]
+        lines = "\n".join(f"  {_explain(detail)}" for detail in details)
         raise ConfigError(f"the configuration is not valid:\n{lines}") from None
 
 

@@ -11,17 +11,10 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-NAME_PATTERN = re.compile(r"^[A-Za-z][A-Za-z0-9_]*$")
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, unknown keys forbidden, descriptions taken from the docstrings under the fields."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
-    )
+from rc_ray.config.base import NAME_PATTERN, Section
+from rc_ray.config.selection import SelectionConfig
 
 
 def _deployment(default: Any = ..., **kwargs: Any) -> Any:
@@ -179,38 +172,6 @@ class RuleReward(Section):
 RewardConfig = Annotated[ClassifierReward | RuleReward, Field(discriminator="kind")]
 
 
-class SelectionConfig(Section):
-    """Which pair of a group becomes training data. Source: Reward Consistency, arXiv 2504.11337."""
-
-    strategy: Literal["rcs"] = "rcs"
-    """`rcs`: among the group's reward-consistent pairs take the one with the largest gap."""
-
-    consistency: Literal["strict", "weak"] = "strict"
-    """`strict`: r_k(w) - r_k(l) > margin_k for every objective. `weak`: >= margin_k for every one and > for at least one."""
-
-    margins: dict[str, float] = {}
-    """Margin per objective in that objective's own unit; 0 where not given. Negative values relax the rule."""
-
-    gap: Literal["standardized_sum", "sum", "min"] = "standardized_sum"
-    """`sum`: sum of differences. `standardized_sum`: each difference over its objective's scale first. `min`: smallest
-    standardised difference. The paper's own choice is not stated in what could be read, hence an option."""
-
-    scale: dict[str, float] | None = None
-    """Scale per objective. None: the standard deviation over all candidates, measured in one pass and kept in the
-    manifest."""
-
-    allow_truncated_winner: bool = False
-    """Whether an answer with finish_reason `length` may win."""
-
-    @field_validator("scale")
-    @classmethod
-    def _positive(cls, value: dict[str, float] | None) -> dict[str, float] | None:
-        for name, scale in (value or {}).items():
-            if scale <= 0:
-                raise ValueError(f"scale of {name} is {scale}; a scale must be positive")
-        return value
-
-
 class TrainingConfig(Section):
     """DPO with TRL on Ray Train. Source: DPO, arXiv 2305.18290."""
 
@@ -366,22 +327,14 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _objectives(self) -> Config:
-        if self.selection.strategy == "rcs" and len(self.rewards) < 2:
+        objectives = self.selection.objective_names(self.rewards)
+        if self.selection.strategy == "rc_filter":
             raise ValueError(
-                f"rewards has {len(self.rewards)} objective(s), but selection.strategy rcs compares at least 2; "
+                "selection.strategy rc_filter filters existing pairs, but a run samples groups; use rcs, or `rc-ray select --input`"
+            )
+        if self.selection.strategy in ("rcs", "rc_all", "pareto", "mixed") and len(objectives) < 2:
+            raise ValueError(
+                f"rewards has {len(objectives)} objective(s), but selection.strategy {self.selection.strategy} compares at least 2; "
                 "add another objective under `rewards`"
             )
-        for field in ("margins", "scale"):
-            unknown = set(getattr(self.selection, field) or {}) - set(self.rewards)
-            if unknown:
-                raise ValueError(
-                    f"selection.{field} names {sorted(unknown)[0]!r}, which is not among the rewards "
-                    f"({', '.join(self.rewards)})"
-                )
-        if self.selection.scale is not None:
-            if self.selection.gap == "sum":
-                raise ValueError("selection.scale has no effect with gap: sum; remove one of the two")
-            absent = set(self.rewards) - set(self.selection.scale)
-            if absent:
-                raise ValueError(f"selection.scale lacks {sorted(absent)[0]!r}; give a scale for every objective or none")
         return self

@@ -43,7 +43,7 @@ GOOD: dict[str, Any] = {
         ("rewards.the one={kind: rule, function: 'a:b'}", ["objective name 'the one'"]),
         ("selection.margins={helpfull: 1}", ["selection.margins", "'helpfull'", "helpful, length"]),
         ("selection.scale={helpful: 1}", ["selection.scale lacks 'length'"]),
-        ("selection={gap: sum, scale: {helpful: 1, length: 1}}", ["no effect with gap: sum"]),
+        ("selection={gap: sum, scale: {helpful: 1, length: 1}}", ["given scale has no effect", "gap sum"]),
         ("prompts.split=test", ["`split` applies to Hub datasets only"]),
         (
             "training.global_batch_size=6",

@@ -1,0 +1,17 @@
+"""What all configuration sections share."""
+
+from __future__ import annotations
+
+import re
+
+from pydantic import BaseModel, ConfigDict
+
+NAME_PATTERN = re.compile(r"^[A-Za-z][A-Za-z0-9_]*$")
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, unknown keys forbidden, descriptions taken from the docstrings under the fields."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
+    )
