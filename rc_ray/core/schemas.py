@@ -69,6 +69,8 @@ def pair_schema(objectives: Iterable[str]) -> pa.Schema:
             ("gap", pa.float64()),
             ("rewards_chosen", rewards),
             ("rewards_rejected", rewards),
+            # Rewards that are higher for chosen than for rejected.
+            ("agreeing", pa.list_(pa.string())),
             ("strategy", pa.string()),
         ]
     )

@@ -1,31 +1,45 @@
-"""Reward Consistency (RC) and Reward Consistency Sampling (RCS): the rule this project is named for.
+"""Selection: scored groups in, preference pairs and drops out.
 
-A pair (winner w, loser l) of one group is reward-consistent when every objective k agrees:
+    selected = select_pairs(table, SelectionConfig(), fit_selection([table], SelectionConfig()))
+    found = select_indices(rewards, SelectionConfig())          # on a float32 array (groups, candidates, objectives)
 
-    strict:  r_k(w) - r_k(l) >  margin_k  for every k
-    weak:    r_k(w) - r_k(l) >= margin_k  for every k, and > for at least one
+Invariant: every group has at least one pair or exactly one drop with its reason, and which depends neither on the order of rows nor on how
+rows are split into tables. Rules are in `rule.py`, strategies in `strategies.py`, the compiled searches in `pick.py`.
 
-RCS keeps the consistent pair with the largest gap, or drops the prompt with the reason. Source: Xu et al., "Reward
-Consistency", arXiv 2504.11337 (definition and RCS in words; its gap is not stated in what could be read, so it is an option).
-
-Invariant: every group gives exactly one pair or one drop; winner and loser come from one pair, a tie never makes one, and
-the outcome depends neither on row order nor on how rows are split into tables. Differences are taken in float64.
+What is defined where: rewards are float32, larger ones a table may hold are rounded to it; null, NaN and infinite rewards are missing, and a
+group with one is a drop (`reward_missing`); fewer than two candidates are `too_few_candidates`; equal answers only are `identical_candidates`;
+one objective is allowed here, and makes `rcs` the same as `best_worst`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from rc_ray.config.schema import SelectionConfig
-from rc_ray.core import schemas
-from rc_ray.errors import DataError
+from rc_ray.config import SelectionConfig
+from rc_ray.core import pick, schemas
+from rc_ray.core.groups import (
+    ScoredTable,
+    ids_of,
+    is_preference,
+    one_message,
+    read_scored,
+    reward_columns,
+    reward_lists,
+)
+from rc_ray.core.measure import Fitted, Summary, fit
+from rc_ray.core.pick import Found, Groups, mark_unusable, random_keys
+from rc_ray.core.strategies import STRATEGIES, prepare
+from rc_ray.errors import ConfigError, DataError
 
 STAGE = "select"
+BLOCK = 8192  # groups that are searched at a time: their arrays stay in the cache
+NO_TEXT = (np.empty(0, dtype=np.int64), np.frombuffer(b"", dtype=np.uint8))
 
 
 @dataclass(frozen=True)
@@ -33,185 +47,317 @@ class Selected:
     """The outcome of selection over a table of groups.
 
     Attributes:
-        pairs: one row per paired prompt, `schemas.pair_schema`.
-        drops: one row per dropped prompt, `schemas.DROP`.
+        pairs: `schemas.pair_schema`, in the order of groups; one row per paired prompt unless the strategy takes several. From existing
+            pairs, every other column of theirs comes along.
+        drops: `schemas.DROP`, one row per dropped prompt.
+        num_paired: prompts with a pair.
+        num_beyond_cap: pairs that `max_pairs` left out.
     """
 
     pairs: pa.Table
     drops: pa.Table
+    num_paired: int
+    num_beyond_cap: int = 0
 
 
-def consistency_matrix(
-    rewards: NDArray[np.floating[Any]], consistency: str = "strict", margins: NDArray[np.floating[Any]] | None = None
-) -> NDArray[np.bool_]:
-    """Which ordered pairs are reward-consistent.
-
-    Args:
-        rewards: (N, K), candidates by objectives, all finite.
-        consistency: `strict` or `weak`.
-        margins: (K,), in each objective's unit; None means 0.
-
-    Returns:
-        bool (N, N), entry [w, l] true when w beats l; the diagonal is false.
+def selection_objectives(config: SelectionConfig, columns: Iterable[str]) -> list[str]:
+    """The objectives that are compared on a table with these reward columns.
 
     Raises:
-        ValueError: a reward is missing or infinite, or the shape is not (N, K) with K >= 1.
+        ConfigError: the configuration names what the table does not have.
     """
-    values = np.asarray(rewards, dtype=np.float64)
-    if values.ndim != 2 or values.shape[1] < 1:
-        raise ValueError(f"rewards has shape {values.shape}; expected (N, K) with K >= 1")
-    if not np.isfinite(values).all():
-        raise ValueError("rewards holds NaN or infinity; leave out groups with a missing reward first")
-    margin = np.zeros(values.shape[1]) if margins is None else np.asarray(margins, dtype=np.float64)
-    difference = values[:, None, :] - values[None, :, :]
-    matrix: NDArray[np.bool_]
-    if consistency == "strict":
-        matrix = np.all(difference > margin, axis=2)
-    else:
-        matrix = np.all(difference >= margin, axis=2) & np.any(difference > margin, axis=2)
-    np.fill_diagonal(matrix, False)
-    return matrix
+    try:
+        return config.objective_names(columns)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
-def gap_matrix(rewards: NDArray[np.floating[Any]], gap: str, scale: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-    """How far apart every ordered pair is: (N, K) rewards and (K,) scales to float64 (N, N), entry [w, l]."""
-    values = np.asarray(rewards, dtype=np.float64)
-    difference = values[:, None, :] - values[None, :, :]
-    if gap == "sum":
-        return np.asarray(difference.sum(axis=2))
-    standardized = difference / np.asarray(scale, dtype=np.float64)
-    return np.asarray(standardized.sum(axis=2) if gap == "standardized_sum" else standardized.min(axis=2))
+def summarize(table: pa.Table, config: SelectionConfig) -> Summary:
+    """What one table contributes to the numbers about all the data; add them up, then `fit`."""
+    names = reward_columns(table.schema)
+    columns = config.columns_of(selection_objectives(config, names))
+    pilots = config.num_pilot_groups if config.strategy == "map" else 0
+    return Summary.of(reward_lists(table, columns), pilots, ids_of(table) if pilots else None)
 
 
-@dataclass(frozen=True)
-class RewardMoments:
-    """Count, sum and sum of squares per objective over candidates; adds up over tables, so a scale needs one pass.
-
-    Attributes:
-        count, total, total_squared: (K,) float64, in the order of the objectives.
-    """
-
-    count: NDArray[np.float64]
-    total: NDArray[np.float64]
-    total_squared: NDArray[np.float64]
-
-    @classmethod
-    def of(cls, groups: pa.Table, objectives: list[str]) -> RewardMoments:
-        """Moments of one table of groups; missing and non-finite rewards do not count."""
-        columns = []
-        for name in objectives:
-            values = groups.column(schemas.reward_column(name)).combine_chunks().flatten()
-            array = np.asarray(values.drop_null(), dtype=np.float64)
-            array = array[np.isfinite(array)]
-            columns.append((array.size, array.sum(), (array * array).sum()))
-        count, total, squared = np.asarray(columns, dtype=np.float64).T
-        return cls(count, total, squared)
-
-    def __add__(self, other: RewardMoments) -> RewardMoments:
-        return RewardMoments(self.count + other.count, self.total + other.total, self.total_squared + other.total_squared)
-
-    def scale(self) -> NDArray[np.float64]:
-        """Standard deviation per objective, (K,); 1 where an objective never varies, which then adds nothing anyway."""
-        count = np.maximum(self.count, 1)
-        variance = np.maximum(self.total_squared / count - (self.total / count) ** 2, 0)
-        deviation = np.sqrt(variance)
-        return np.where(deviation > 0, deviation, 1.0)
+def needs_fit(config: SelectionConfig) -> bool:
+    """Whether selection needs a pass over all the data first."""
+    return config.needs_scale_of_data or config.strategy == "map"
 
 
-def select_pairs(groups: pa.Table, config: SelectionConfig, scale: dict[str, float] | None = None) -> Selected:
-    """Applies the selection rule to scored groups.
-
-    Args:
-        groups: `schemas.GROUP` plus `reward.<objective>` columns.
-        config: the rule.
-        scale: scale per objective for standardised gaps; `config.scale` wins over it; without both, measured on `groups`.
-
-    Returns:
-        `Selected`; every group is in exactly one of its two tables. Equal gaps: lowest winner index, then lowest loser index.
+def fit_selection(tables: Iterable[pa.Table], config: SelectionConfig) -> Fitted:
+    """The numbers about all the data that `select_pairs` needs, from one pass over its tables.
 
     Raises:
-        DataError: a needed column is absent.
+        DataError: there is no table, or see `fit`.
     """
-    objectives = schemas.scored_objectives(groups.schema)
-    for needed in ("prompt_id", "prompt", "candidates"):
-        if needed not in groups.column_names:
-            raise DataError(
-                f"groups have no column {needed!r} (columns: {', '.join(groups.column_names)}); run `rc-ray sample`"
-            )
-    if not objectives:
-        raise DataError(f"groups have no {schemas.REWARD_PREFIX}* column; run `rc-ray score` on them first")
-    known = config.scale or scale
-    if known is None:
-        known = dict(zip(objectives, RewardMoments.of(groups, objectives).scale().tolist(), strict=True))
-    scales = np.asarray([known[name] for name in objectives])
-    margins = np.asarray([config.margins.get(name, 0.0) for name in objectives])
+    if not needs_fit(config):
+        return Fitted()
+    total: Summary | None = None
+    for table in tables:
+        for batch in _blocks(table):
+            summary = summarize(batch, config)
+            total = summary if total is None else total + summary
+    if total is None:
+        raise DataError("there is no group to measure the scale on; give at least one")
+    return fit(total, config)
 
-    pairs: list[dict[str, Any]] = []
-    drops: list[dict[str, Any]] = []
-    for group in groups.to_pylist():
-        outcome = _select_one(group, objectives, config, scales, margins)
-        if isinstance(outcome, tuple):
-            reason, stage, detail = outcome
-            drops.append({"prompt_id": group["prompt_id"], "reason": reason, "stage": stage, "detail": detail})
-        else:
-            pairs.append(outcome)
+
+def _blocks(table: pa.Table) -> Iterable[pa.Table]:
+    """The table in zero-copy pieces of at most `BLOCK` rows."""
+    for start in range(0, table.num_rows, BLOCK):
+        yield table.slice(start, BLOCK)
+
+
+def select_pairs(groups: pa.Table, config: SelectionConfig, fitted: Fitted | None = None) -> Selected:
+    """Applies the selection strategy to scored groups, or to existing pairs.
+
+    Args:
+        groups: `schemas.GROUP` plus `reward.<objective>` columns; or, for `rc_filter`, existing pairs: `prompt`, `chosen`, `rejected` as
+            strings or messages, `rewards_chosen` and `rewards_rejected` as structs with a field per objective.
+        config: strategy and options.
+        fitted: numbers about all the data (`fit_selection`); None: measured on `groups`.
+
+    Returns:
+        `Selected`; every group has its pairs or one drop.
+
+    Raises:
+        DataError: a needed column is absent. ConfigError: the options name what the table does not have.
+    """
+    names = reward_columns(groups.schema)
+    objectives = selection_objectives(config, names)
+    if is_preference(groups.schema) != (config.strategy == "rc_filter"):
+        kind = "existing pairs (chosen/rejected)" if is_preference(groups.schema) else "groups of candidates"
+        raise ConfigError(
+            f"selection.strategy = {config.strategy!r}: the data are {kind}; rc_filter is for existing pairs, the others for groups"
+        )
+    columns = config.columns_of(objectives)
+    if fitted is None:
+        fitted = fit_selection([groups], config)
+    parts = [_select_block(read_scored(block, columns), config, objectives, fitted) for block in _blocks(groups)]
+    if not parts:
+        parts = [_select_block(read_scored(groups, columns), config, objectives, fitted)]
     return Selected(
-        pa.Table.from_pylist(pairs, schema=schemas.pair_schema(objectives)),
-        pa.Table.from_pylist(drops, schema=schemas.DROP),
+        pa.concat_tables([p.pairs for p in parts]),
+        pa.concat_tables([p.drops for p in parts]),
+        sum(p.num_paired for p in parts),
+        sum(p.num_beyond_cap for p in parts),
     )
 
 
-def _select_one(
-    group: dict[str, Any],
-    objectives: list[str],
-    config: SelectionConfig,
-    scales: NDArray[np.float64],
-    margins: NDArray[np.float64],
-) -> dict[str, Any] | tuple[str, str, str]:
-    """The pair of one group, or (reason, stage, detail) of its drop."""
-    if group.get("failure"):
-        return group["failure"], "sample", group.get("failure_detail") or ""
-    candidates = group["candidates"] or []
-    columns = []
-    for name in objectives:
-        rewards = group[schemas.reward_column(name)] or []
-        missing = sum(1 for r in rewards if r is None or not np.isfinite(r)) + len(candidates) - len(rewards)
-        if missing:
-            why = group.get(schemas.missing_column(name)) or "null or not finite"
-            return "reward_missing", "score", f"{name}: {missing} of {len(candidates)} rewards missing: {why}"
-        columns.append(rewards)
-    texts = [candidate["text"] for candidate in candidates]
-    if len(set(texts)) < 2:
-        return "identical_candidates", STAGE, f"{len(texts)} candidates, {len(set(texts))} distinct"
-    rewards = np.asarray(columns, dtype=np.float64).T
-    consistent = consistency_matrix(rewards, config.consistency, margins)
-    # A negative margin can call two equal answers consistent; the same text is never both chosen and rejected.
-    first_with_text: dict[str, int] = {}
-    codes = np.asarray([first_with_text.setdefault(text, i) for i, text in enumerate(texts)])
-    consistent &= codes[:, None] != codes[None, :]
-    if not consistent.any():
-        return "no_consistent_pair", STAGE, f"no pair of {len(texts)} candidates on which all objectives agree"
-    if not config.allow_truncated_winner:
-        truncated = np.asarray([candidate["finish_reason"] == "length" for candidate in candidates])
-        consistent &= ~truncated[:, None]
-        if not consistent.any():
-            return (
-                "winner_truncated",
-                STAGE,
-                f"every consistent winner was cut at max_tokens ({truncated.sum()} of {len(texts)} answers)",
-            )
-    gaps = np.where(consistent, gap_matrix(rewards, config.gap, scales), -np.inf)
-    # argmax takes the first of equal gaps in row-major order: lowest winner, then lowest loser.
-    winner, loser = (int(i) for i in np.unravel_index(np.argmax(gaps), gaps.shape))
-    return {
-        "prompt": group["prompt"],
-        "chosen": [{"role": "assistant", "content": texts[winner]}],
-        "rejected": [{"role": "assistant", "content": texts[loser]}],
-        "prompt_id": group["prompt_id"],
-        "chosen_index": winner,
-        "rejected_index": loser,
-        "gap": float(gaps[winner, loser]),
-        "rewards_chosen": dict(zip(objectives, rewards[winner].tolist(), strict=True)),
-        "rewards_rejected": dict(zip(objectives, rewards[loser].tolist(), strict=True)),
-        "strategy": config.strategy,
+def flat_groups(data: ScoredTable, config: SelectionConfig) -> Groups:
+    """The arrays that the searches read; guards that are not set leave theirs empty."""
+    ids = data.table.column("prompt_id").combine_chunks()
+    if isinstance(ids, pa.ChunkedArray):
+        ids = pa.concat_arrays(ids.chunks) if ids.num_chunks else pa.array([], pa.string())
+    truncated = np.empty(0, dtype=np.bool_)
+    if data.finish is not None and not config.allow_truncated_winner:
+        truncated = np.asarray(pc.fill_null(pc.equal(data.finish, "length"), False), dtype=np.bool_)
+    length = np.empty(0, dtype=np.int32)
+    if config.max_length_ratio is not None:
+        length = np.asarray(pc.fill_null(pc.utf8_length(data.texts), 0), dtype=np.int32)
+    key = np.empty(0, dtype=np.uint64)
+    if config.strategy == "best_random":
+        key = random_keys(*_string_buffers(ids), config.seed)
+    groups = Groups(
+        data.rewards, data.rewards, data.offsets, data.status.copy(), *_string_buffers(data.texts), truncated, length, key
+    )  # fmt: skip
+    mark_unusable(groups)
+    return groups
+
+
+def _string_buffers(array: pa.Array) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """Offsets and UTF-8 bytes of a string array, without copying the text."""
+    _, offsets, text = array.buffers()
+    if offsets is None or not len(array):
+        return NO_TEXT
+    starts = np.frombuffer(offsets, dtype=np.int32)[array.offset : array.offset + len(array) + 1].astype(np.int64)
+    return starts, np.frombuffer(text if text is not None and text.size else b"", dtype=np.uint8)
+
+
+def _select_block(data: ScoredTable, config: SelectionConfig, objectives: list[str], fitted: Fitted) -> Selected:
+    prepared = prepare(flat_groups(data, config), config, objectives, data.columns, fitted)
+    pools = STRATEGIES[config.strategy](prepared)
+    found = merge(list(pools.values()))
+    label = np.concatenate([np.full(f.group.size, i, dtype=np.int32) for i, f in enumerate(pools.values())])
+    order = np.lexsort((np.arange(label.size), np.concatenate([f.group for f in pools.values()])))
+    strategy = pa.DictionaryArray.from_arrays(pa.array(label[order]), pa.array(list(pools))).cast(pa.string())
+    return Selected(
+        _pair_table(data, found, strategy, config),
+        _drop_table(data, found),
+        int(np.unique(found.group).size),
+        found.num_beyond_cap,
+    )
+
+
+def merge(pools: list[Found]) -> Found:
+    """Several searches over the same groups as one, ordered by group; a group is dropped if none found a pair."""
+    if len(pools) == 1:
+        return pools[0]
+    group = np.concatenate([f.group for f in pools])
+    order = np.lexsort((np.arange(group.size), group))
+    status = np.min([np.where(f.status == pick.OK, pick.OK, f.status) for f in pools], axis=0)
+    winner, loser, gap = (np.concatenate([getattr(f, name) for f in pools])[order] for name in ("winner", "loser", "gap"))
+    return Found(group[order], winner, loser, gap, status.astype(np.int8), sum(f.num_beyond_cap for f in pools))
+
+
+def _pair_table(data: ScoredTable, found: Found, strategy: pa.Array, config: SelectionConfig) -> pa.Table:
+    group = pa.array(found.group)
+    winner, loser = data.offsets[found.group] + found.winner, data.offsets[found.group] + found.loser
+    higher = data.rewards[winner] > data.rewards[loser]
+    columns = {
+        "prompt": data.table.column("prompt").take(group),
+        "chosen": one_message("assistant", data.texts.take(pa.array(winner))),
+        "rejected": one_message("assistant", data.texts.take(pa.array(loser))),
+        "prompt_id": data.table.column("prompt_id").take(group),
+        "chosen_index": pa.array(found.winner, pa.int32()),
+        "rejected_index": pa.array(found.loser, pa.int32()),
+        "gap": pa.array(found.gap, pa.float64()),
+        "rewards_chosen": _rewards(data.rewards[winner], data.columns),
+        "rewards_rejected": _rewards(data.rewards[loser], data.columns),
+        "agreeing": _names_where(higher, data.columns),
+        "strategy": strategy,
     }
+    schema = schemas.pair_schema(data.columns)
+    pairs = pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
+    if data.is_preference:
+        for name in data.table.column_names:
+            if name not in pairs.column_names:
+                pairs = pairs.append_column(data.table.schema.field(name), data.table.column(name).take(group))
+    return pairs
+
+
+def _rewards(rewards: NDArray[np.float32], columns: list[str]) -> pa.Array:
+    return pa.StructArray.from_arrays([pa.array(np.ascontiguousarray(rewards[:, m])) for m in range(len(columns))], columns)
+
+
+def _names_where(mask: NDArray[np.bool_], names: list[str]) -> pa.Array:
+    """list<string>: the names of the true columns of each row."""
+    offsets = np.concatenate([[0], np.cumsum(mask.sum(axis=1))]).astype(np.int32)
+    codes = pa.array(np.nonzero(mask)[1].astype(np.int32))
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.DictionaryArray.from_arrays(codes, pa.array(names)).cast(pa.string()))
+
+
+_REASONS = {
+    pick.INVALID: ("invalid_candidate", ""),
+    pick.MISSING: ("reward_missing", ""),
+    pick.TOO_FEW: ("too_few_candidates", "{n} candidates; a pair needs 2"),
+    pick.IDENTICAL: ("identical_candidates", "{n} candidates, 1 distinct"),
+    pick.NO_PAIR: ("no_consistent_pair", "no pair among {n} candidates that the strategy takes"),
+    pick.TRUNCATED: ("winner_truncated", "every winner of {n} candidates was cut at max_tokens"),
+    pick.TOO_LONG: ("winner_too_long", "every winner of {n} candidates is longer than its loser by more than max_length_ratio"),
+}
+
+
+def _drop_table(data: ScoredTable, found: Found) -> pa.Table:
+    dropped = np.flatnonzero(found.status != pick.OK)
+    sizes = np.diff(data.offsets)[dropped]
+    reasons, details = [], []
+    failures = {name: data.table.column(name) for name in ("failure", "failure_detail") if name in data.table.column_names}
+    for g, status, n in zip(dropped.tolist(), found.status[dropped].tolist(), sizes.tolist(), strict=True):
+        if status == pick.FAILED:
+            reasons.append(failures["failure"][g].as_py())
+            details.append((failures["failure_detail"][g].as_py() if "failure_detail" in failures else None) or "")
+            continue
+        reason, detail = _REASONS[status]
+        reasons.append(reason)
+        if status == pick.NO_PAIR and data.is_preference:
+            detail = _disagreement(data, g)
+        details.append(data.details.get(g, detail.format(n=n)))
+    texts = pa.array(details, pa.string())
+    stages = {pick.FAILED: "sample", pick.MISSING: "score"}
+    return pa.table(
+        {
+            "prompt_id": data.table.column("prompt_id").take(pa.array(dropped)),
+            "reason": pa.array(reasons, pa.string()),
+            "stage": pa.array([stages.get(s, STAGE) for s in found.status[dropped].tolist()], pa.string()),
+            "detail": texts,
+        },
+        schema=schemas.DROP,
+    )
+
+
+def _disagreement(data: ScoredTable, g: int) -> str:
+    """Which objectives prefer the chosen answer, which the rejected one, and which neither."""
+    chosen, rejected = data.rewards[data.offsets[g]], data.rewards[data.offsets[g] + 1]
+    sides = (("agree", chosen > rejected), ("disagree", chosen < rejected), ("tie", chosen == rejected))
+    return "; ".join(
+        f"{what}: {', '.join(np.asarray(data.columns)[where].tolist())}" for what, where in sides if where.any()
+    )  # fmt: skip
+
+
+def select_indices(
+    rewards: NDArray[np.float32],
+    config: SelectionConfig | None = None,
+    fitted: Fitted | None = None,
+    *,
+    objectives: list[str] | None = None,
+) -> Found:
+    """Selection on an array, without texts: every candidate counts as a different, complete answer.
+
+    Args:
+        rewards: float32 (G, N, M): groups, candidates, reward columns. NaN and infinity mean missing.
+        config: strategy and options; None: RCS.
+        fitted: numbers about all the data; None: measured on `rewards`.
+        objectives: names of the reward columns; None: "0", "1", ...
+
+    Returns:
+        `Found`: group, winner, loser, gap of each pair, in the order of groups. `best_random` draws by group number here.
+
+    Raises:
+        ValueError: the shape is not (G, N, M). ConfigError: the options name an unknown objective, or need texts.
+    """
+    config = config or SelectionConfig()
+    values = np.ascontiguousarray(rewards, dtype=np.float32)
+    if values.ndim != 3 or values.shape[2] < 1:
+        raise ValueError(f"rewards has shape {values.shape}; expected (groups, candidates, objectives)")
+    if config.max_length_ratio is not None:
+        raise ConfigError("selection.max_length_ratio needs texts; use select_pairs")
+    num_groups, n, width = values.shape
+    if config.strategy == "rc_filter" and n != 2:
+        raise ConfigError(f"selection.strategy rc_filter needs groups of two (chosen, rejected), not {n}")
+    columns = objectives or [str(m) for m in range(width)]
+    names = selection_objectives(config, columns)
+    used = config.columns_of(names)
+    if used != columns:
+        values = np.ascontiguousarray(values[:, :, [columns.index(name) for name in used]])
+    if fitted is None:
+        fitted = fit_array(values, used, config)
+    parts: list[Found] = []
+    for start in range(0, num_groups, BLOCK):
+        block = values[start : start + BLOCK].reshape(-1, len(used))
+        size = min(BLOCK, num_groups - start)
+        empty = np.empty(0, dtype=np.bool_), np.empty(0, dtype=np.int32)
+        numbers = [str(g).encode() for g in range(start, start + size)] if config.strategy == "best_random" else []
+        key = random_keys(
+            np.concatenate([[0], np.cumsum([len(b) for b in numbers])]).astype(np.int64),
+            np.frombuffer(b"".join(numbers), np.uint8),
+            config.seed,
+        )
+        groups = Groups(block, block, np.arange(size + 1) * n, np.zeros(size, dtype=np.int8), *NO_TEXT, *empty, key)
+        mark_unusable(groups)
+        found = merge(list(STRATEGIES[config.strategy](prepare(groups, config, names, used, fitted)).values()))
+        parts.append(found._replace(group=found.group + start))
+    if not parts:
+        raise ValueError("rewards has no group")
+    return concatenate(parts)
+
+
+def concatenate(parts: list[Found]) -> Found:
+    """Searches over consecutive groups, whose numbers are those of the whole already, as one."""
+    group, winner, loser, gap, status = (np.concatenate([np.asarray(part[i]) for part in parts]) for i in range(5))
+    return Found(group, winner, loser, gap, status, sum(part.num_beyond_cap for part in parts))
+
+
+def fit_array(rewards: NDArray[np.float32], columns: list[str], config: SelectionConfig) -> Fitted:
+    """`fit_selection` on an array (G, N, M)."""
+    if not needs_fit(config):
+        return Fitted()
+    num_groups, n, _ = rewards.shape
+    offsets = pa.array(np.arange(num_groups + 1, dtype=np.int32) * n)
+    lists = {
+        name: pa.ListArray.from_arrays(offsets, pa.array(np.ascontiguousarray(rewards[:, :, m]).ravel()))
+        for m, name in enumerate(columns)
+    }
+    pilots = config.num_pilot_groups if config.strategy == "map" else 0
+    return fit(Summary.of(lists, pilots, pa.array([str(g) for g in range(num_groups)]) if pilots else None), config)
