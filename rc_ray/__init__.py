@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rc_ray.api import evaluate, plan, report, run, sample, score, select, train, train_reward
     from rc_ray.config import Config, SelectionConfig, load_config
-    from rc_ray.core.selection import Selected, consistency_matrix, select_pairs
+    from rc_ray.core.rule import consistency_matrix
+    from rc_ray.core.selection import Selected, fit_selection, select_indices, select_pairs
     from rc_ray.errors import ClusterError, ConfigError, DataError, ModelError, RcRayError, ResumeError
 
 _HOMES = {
     "rc_ray.api": ("evaluate", "plan", "report", "run", "sample", "score", "select", "train", "train_reward"),
     "rc_ray.config": ("Config", "SelectionConfig", "load_config"),
-    "rc_ray.core.selection": ("Selected", "consistency_matrix", "select_pairs"),
+    "rc_ray.core.rule": ("consistency_matrix",),
+    "rc_ray.core.selection": ("Selected", "fit_selection", "select_indices", "select_pairs"),
     "rc_ray.errors": ("ClusterError", "ConfigError", "DataError", "ModelError", "RcRayError", "ResumeError"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -38,6 +40,7 @@ __all__ = [
     "SelectionConfig",
     "consistency_matrix",
     "evaluate",
+    "fit_selection",
     "load_config",
     "plan",
     "report",
@@ -45,6 +48,7 @@ __all__ = [
     "sample",
     "score",
     "select",
+    "select_indices",
     "select_pairs",
     "train",
     "train_reward",

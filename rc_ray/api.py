@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
-from rc_ray.config import Config, PromptsConfig, load_config
+from rc_ray.config import Config, PromptsConfig, SelectionConfig, load_config
 from rc_ray.core import schemas
 from rc_ray.core.ids import bad_row_id, prompt_id
-from rc_ray.core.selection import RewardMoments, select_pairs
+from rc_ray.core.measure import Fitted, Summary, fit
+from rc_ray.core.selection import needs_fit, select_pairs, summarize
 from rc_ray.errors import ConfigError, DataError
 from rc_ray.ledger import rundir
 from rc_ray.ledger.storage import Folder
@@ -129,16 +130,13 @@ def select(config: ConfigSource, groups: Dataset | str | None = None, *, overrid
     _check_input(groups, "groups")
     _connect(resolved)
     scored = _dataset(groups).materialize()
-    objectives = [n.removeprefix(schemas.REWARD_PREFIX) for n in scored.columns() or [] if n.startswith(schemas.REWARD_PREFIX)]
-    if not objectives:
-        raise DataError(f"groups have no {schemas.REWARD_PREFIX}* column; run `score` on them first")
-    scale = _scale(scored, objectives)
+    fitted = _fit(scored, resolved.selection)
 
     def pairs(table: pa.Table) -> pa.Table:
-        return select_pairs(table, resolved.selection, scale).pairs
+        return select_pairs(table, resolved.selection, fitted).pairs
 
     def drops(table: pa.Table) -> pa.Table:
-        return select_pairs(table, resolved.selection, scale).drops
+        return select_pairs(table, resolved.selection, fitted).drops
 
     return Selection(scored.map_batches(pairs, batch_format="pyarrow"), scored.map_batches(drops, batch_format="pyarrow"))
 
@@ -288,10 +286,14 @@ def _prompt_blocks(cells: Iterator[Any], source: PromptsConfig, chunk_size: int)
         yield pa.Table.from_pylist(rows, schema=schemas.GROUP)
 
 
-def _scale(groups: Dataset, objectives: list[str]) -> dict[str, float]:
-    import ray
+def _fit(groups: Dataset, config: SelectionConfig) -> Fitted:
+    if not needs_fit(config):
+        return Fitted()
 
-    # In the order of prompt ids, so that the sums do not depend on how the data are split into blocks.
-    columns = ["prompt_id", *(schemas.reward_column(name) for name in objectives)]
-    table = pa.concat_tables(ray.get(groups.select_columns(columns).to_arrow_refs())).sort_by("prompt_id")
-    return dict(zip(objectives, RewardMoments.of(table, objectives).scale().tolist(), strict=True))
+    def summary(table: pa.Table) -> pa.Table:
+        return pa.table({"summary": [summarize(table, config).to_bytes()]})
+
+    summaries = [Summary.from_bytes(row["summary"]) for row in groups.map_batches(summary, batch_format="pyarrow").iter_rows()]
+    if not summaries:
+        raise DataError("groups: there is no row to select from")
+    return fit(sum(summaries[1:], summaries[0]), config)

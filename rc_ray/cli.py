@@ -19,12 +19,17 @@ EXAMPLES = """examples:
   rc-ray run my.yaml --set generation.num_candidates=8 run all stages in the directory `output`; again: resume
   rc-ray select runs/demo                              one stage of an existing run directory
   rc-ray score my.yaml --input groups/ --output scored/  one stage on data of your own
+  rc-ray select --input scored.parquet --output selected/ --report   pairs from scored answers, without Ray; again: resume
 """
 
 STAGE_HELP = {
     "sample": ("sample candidates with vLLM", "prompts: Parquet, JSONL or CSV", "folder for the groups"),
     "score": ("add the rewards of every objective", "folder with groups in Parquet", "folder for the scored groups"),
-    "select": ("apply the RC rule", "folder with scored groups in Parquet", "folder for pairs/ and drops/"),
+    "select": (
+        "select pairs by Reward Consistency or another strategy",
+        "Parquet or JSONL file, folder or glob with scored groups, or with chosen/rejected pairs for rc_filter",
+        "folder for pairs/ and drops/",
+    ),
     "train": ("train the policy with DPO", "folder with pairs in Parquet", "folder for the policy"),
     "evaluate": (
         "compare rewards before and after on held-out prompts",
@@ -72,10 +77,13 @@ def _parser() -> argparse.ArgumentParser:
             description=f"Stage `{name}`: {help_text}. On a run directory it is resumable; with --input and --output it works on data "
             "of your own, in one go.",
         )
-        _config_options(stage, "run directory, YAML file, or `embedded:demo`")
+        _config_options(stage, "run directory, YAML file, or `embedded:demo`", optional=name == "select")
         stage.add_argument("--input", help=input_help)
         stage.add_argument("--output", help=f"{output_help}; with --input only")
         stage.set_defaults(handler=_stage)
+        if name == "select":
+            stage.add_argument("--report", action="store_true", help="also print numbers about the data, and write report.json")
+            stage.set_defaults(handler=_select)
 
     report = commands.add_parser(
         "report", help="write the report again", description="Writes metrics.json, report/index.html and README.md."
@@ -120,8 +128,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _config_options(parser: argparse.ArgumentParser, help_text: str) -> None:
-    parser.add_argument("config", metavar="CONFIG", help=help_text)
+def _config_options(parser: argparse.ArgumentParser, help_text: str, optional: bool = False) -> None:
+    if optional:
+        parser.add_argument("config", metavar="CONFIG", nargs="?", help=f"{help_text}; may be left out with --input")
+    else:
+        parser.add_argument("config", metavar="CONFIG", help=help_text)
     parser.add_argument(
         "--set",
         dest="overrides",
@@ -178,11 +189,6 @@ def _stage(options: argparse.Namespace) -> None:
         api.sample(config, options.input).write_parquet(target.uri)
     elif name == "score":
         api.score(config, options.input).write_parquet(target.uri)
-    elif name == "select":
-        selection = api.select(config, options.input)
-        for folder, dataset in (("pairs", selection.pairs), ("drops", selection.drops)):
-            dataset.write_parquet((target / folder).uri)
-        _emit(f"{selection.pairs.count()} paired + {selection.drops.count()} dropped")
     elif name == "train":
         api.train(config, options.input, options.output)
     else:
@@ -190,6 +196,24 @@ def _stage(options: argparse.Namespace) -> None:
 
         Path(options.output).write_text(json.dumps(api.evaluate(config, options.input), indent=1))
     _emit(f"{name} finished: {options.output}")
+
+
+def _select(options: argparse.Namespace) -> None:
+    """Selection on files runs here, in one process; on a run directory, on Ray as the other stages."""
+    from rc_ray.config import load_selection
+    from rc_ray.pipeline.select_files import report_of_run, select_files
+
+    if options.input is not None and options.output is not None:
+        source = None if options.config is None else _source(options)
+        config = load_selection(source, options.overrides)  # type: ignore[arg-type]
+        select_files(options.input, options.output, config, _emit, options.report)
+        _emit(f"select finished: {options.output}")
+        return
+    if options.config is None:
+        raise ConfigError("give a run directory, or --input and --output")
+    _stage(options)
+    if options.report:
+        report_of_run(_source(options), options.overrides, _emit)  # type: ignore[arg-type]
 
 
 def _report(options: argparse.Namespace) -> None:

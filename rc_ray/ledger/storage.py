@@ -77,6 +77,13 @@ class Folder:
         infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
         return all(i.base_name.startswith(".") and i.base_name.endswith(".tmp") for i in infos)
 
+    def remove_unfinished(self) -> None:
+        """Removes what killed writes left behind. For folders with one writer only."""
+        if self.is_local and os.path.isdir(self.uri):
+            for name in os.listdir(self.uri):
+                if name.startswith(".") and name.endswith(".tmp"):
+                    os.unlink(os.path.join(self.uri, name))
+
     def read_bytes(self, name: str) -> bytes:
         """A file's content."""
         filesystem, path = self.filesystem()

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from rc_ray.config import Config
 from rc_ray.core import schemas
-from rc_ray.core.selection import RewardMoments, Selected, select_pairs
+from rc_ray.core.measure import Fitted, Summary, fit
+from rc_ray.core.selection import needs_fit, select_pairs, summarize
 from rc_ray.errors import DataError, ResumeError
 from rc_ray.evaluation.compare import compare
 from rc_ray.evaluation.report import write_report
@@ -176,20 +178,20 @@ def sample_and_score(config: Config, run: RunDir, session: Session | None, sampl
     run_groups(groups, config, session.plan, session.board, sample, score)
 
 
-def select_chunk(items: pa.Table, run: RunDir, config: Config, scale: dict[str, float]) -> pa.Table:
+def select_chunk(items: pa.Table, run: RunDir, config: Config, fitted: Fitted) -> pa.Table:
     """Selects the pairs of one chunk and commits them with its drops."""
     (chunk,) = items.column("chunk").to_pylist()
-    selected: Selected = select_pairs(run.candidates.read_table(f"{chunk_name(chunk)}.parquet"), config.selection, scale)
-    counts = {"paired": selected.pairs.num_rows, **Counter(selected.drops.column("reason").to_pylist())}
+    selected = select_pairs(run.candidates.read_table(f"{chunk_name(chunk)}.parquet"), config.selection, fitted)
+    counts = {"paired": selected.num_paired, **Counter(selected.drops.column("reason").to_pylist())}
     run.ledger.commit(SELECT, chunk, counts, {run.pairs: selected.pairs, run.drops: selected.drops})
     return pa.table({"groups": [sum(counts.values())]})
 
 
-def chunk_moments(items: pa.Table, run: RunDir, objectives: list[str]) -> pa.Table:
-    """Reward moments of one chunk, for the scale over the whole data."""
+def summarize_chunk(items: pa.Table, run: RunDir, config: Config) -> pa.Table:
+    """Summary of one chunk's rewards, for the numbers about the whole data."""
     (chunk,) = items.column("chunk").to_pylist()
-    m = RewardMoments.of(run.candidates.read_table(f"{chunk_name(chunk)}.parquet"), objectives)
-    return pa.table({"chunk": [chunk], "moments": [[m.count.tolist(), m.total.tolist(), m.total_squared.tolist()]]})
+    summary = summarize(run.candidates.read_table(f"{chunk_name(chunk)}.parquet"), config.selection)
+    return pa.table({"summary": [summary.to_bytes()]})
 
 
 def select(config: Config, run: RunDir, session: Session | None) -> None:
@@ -212,18 +214,17 @@ def select(config: Config, run: RunDir, session: Session | None) -> None:
 
     total = run.ledger.facts(PROMPTS)["prompts"]
     ray.get(session.board.begin.remote(SELECT, "prompts", total, int(sum(run.ledger.totals(SELECT).values()))))
-    scale = run.manifest().get("scale") or config.selection.scale
-    if scale is None:
-        objectives = list(config.rewards)
-        dataset = chunked(groups.chunks()).map_batches(chunk_moments, fn_kwargs={"run": run, "objectives": objectives}, **small)
-        # Added in the order of chunks, so that the sums do not depend on which task finished first.
-        first, *others = (
-            RewardMoments(*(pa.array(m).to_numpy() for m in row["moments"]))
-            for row in sorted(dataset.take_all(), key=lambda row: row["chunk"])
-        )
-        scale = dict(zip(objectives, sum(others, first).scale().tolist(), strict=True))
-    run.update_manifest(scale=scale)
-    dataset = chunked(todo).map_batches(select_chunk, fn_kwargs={"run": run, "config": config, "scale": scale}, **small)
+    known = run.manifest().get("selection")
+    if known is not None:
+        fitted = Fitted(**known)
+    elif needs_fit(config.selection):
+        summaries = chunked(groups.chunks()).map_batches(summarize_chunk, fn_kwargs={"run": run, "config": config}, **small)
+        first, *others = (Summary.from_bytes(row["summary"]) for row in summaries.iter_rows())
+        fitted = fit(sum(others, first), config.selection)
+    else:
+        fitted = Fitted()
+    run.update_manifest(selection=fitted.as_dict())
+    dataset = chunked(todo).map_batches(select_chunk, fn_kwargs={"run": run, "config": config, "fitted": fitted}, **small)
     for row in dataset.iter_rows():
         session.board.advance.remote(SELECT, row["groups"], 0)
 
@@ -236,14 +237,15 @@ def identity(run: RunDir) -> dict[str, Any]:
     """
     rows = run.ledger.facts(PROMPTS)["rows"]
     pairs = run.pairs.read_all(schemas.pair_schema([]), ["prompt_id"])
+    paired = pc.count_distinct(pairs.column("prompt_id")).as_py()
     drops = run.drops.read_all(schemas.DROP)
     reasons = dict(Counter(drops.column("reason").to_pylist()))
-    if rows != pairs.num_rows + drops.num_rows:
+    if rows != paired + drops.num_rows:
         raise ResumeError(
-            f"{rows} prompts are not {pairs.num_rows} paired + {drops.num_rows} dropped in {run.root.uri!r}; files were added or removed "
+            f"{rows} prompts are not {paired} paired + {drops.num_rows} dropped in {run.root.uri!r}; files were added or removed "
             "by something else; restore them or start a new run directory"
         )
-    return {"prompts": rows, "paired": pairs.num_rows, "dropped": drops.num_rows, "drops": reasons}
+    return {"prompts": rows, "paired": paired, "pairs": pairs.num_rows, "dropped": drops.num_rows, "drops": reasons}
 
 
 def train(config: Config, run: RunDir, session: Session | None) -> None:
