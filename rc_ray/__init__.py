@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rc_ray.config import Config, SelectionConfig, load_config
     from rc_ray.core.rule import consistency_matrix
     from rc_ray.core.selection import Selected, fit_selection, select_indices, select_pairs
+    from rc_ray.core.selection_report import SelectionReport, selection_report
     from rc_ray.errors import ClusterError, ConfigError, DataError, ModelError, RcRayError, ResumeError
 
 _HOMES = {
@@ -24,6 +25,7 @@ _HOMES = {
     "rc_ray.config": ("Config", "SelectionConfig", "load_config"),
     "rc_ray.core.rule": ("consistency_matrix",),
     "rc_ray.core.selection": ("Selected", "fit_selection", "select_indices", "select_pairs"),
+    "rc_ray.core.selection_report": ("SelectionReport", "selection_report"),
     "rc_ray.errors": ("ClusterError", "ConfigError", "DataError", "ModelError", "RcRayError", "ResumeError"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -38,6 +40,7 @@ __all__ = [
     "ResumeError",
     "Selected",
     "SelectionConfig",
+    "SelectionReport",
     "consistency_matrix",
     "evaluate",
     "fit_selection",
@@ -50,6 +53,7 @@ __all__ = [
     "select",
     "select_indices",
     "select_pairs",
+    "selection_report",
     "train",
     "train_reward",
 ]

@@ -166,9 +166,10 @@ def _metrics(source: ScoredSource, ledger: Ledger) -> dict[str, Any]:
 
 def _say(metrics: dict[str, Any], emit: Callable[[str], None]) -> None:
     beyond = f", {metrics['pairs_beyond_cap']} more left out by max_pairs" if metrics["pairs_beyond_cap"] else ""
+    reasons = f" ({', '.join(f'{n} {reason}' for reason, n in metrics['drops'].items())})" if metrics["drops"] else ""
     emit(
-        f"select    {metrics['prompts']} prompts = {metrics['paired']} paired + {metrics['dropped']} dropped "
-        f"{metrics['drops'] or ''}; {metrics['pairs']} pairs{beyond}"
+        f"select    {metrics['prompts']} prompts = {metrics['paired']} paired + {metrics['dropped']} dropped{reasons}; "
+        f"{metrics['pairs']} pairs{beyond}"
     )
 
 

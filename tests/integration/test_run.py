@@ -65,7 +65,7 @@ def test_candidates_are_whole_and_carry_the_seeds_of_their_prompt(finished_run: 
 
 def test_every_pair_is_strictly_consistent_by_the_stored_rewards_and_has_the_largest_gap(finished_run: FinishedRun) -> None:
     objectives = ["helpful", "harmless", "length"]
-    scale = json.loads((finished_run.folder / "manifest.json").read_text())["scale"]
+    scale = json.loads((finished_run.folder / "manifest.json").read_text())["selection"]["scale"]
     groups = {g["prompt_id"]: g for g in rows(finished_run.folder / "candidates")}
     pairs = {p["prompt_id"]: p for p in rows(finished_run.folder / "pairs")}
     for identity, group in groups.items():
@@ -94,7 +94,7 @@ def test_every_pair_is_strictly_consistent_by_the_stored_rewards_and_has_the_lar
 def test_scale_in_the_manifest_is_the_standard_deviation_over_all_candidates(finished_run: FinishedRun) -> None:
     manifest = json.loads((finished_run.folder / "manifest.json").read_text())
     groups = rows(finished_run.folder / "candidates")
-    for name, scale in manifest["scale"].items():
+    for name, scale in manifest["selection"]["scale"].items():
         values = [r for g in groups for r in g[f"reward.{name}"]]
         assert scale == pytest.approx(float(np.std(np.asarray(values, dtype=np.float64))))
 
