@@ -10,6 +10,7 @@ import io
 import json
 from typing import Any
 
+from rc_ray.config.selection import OPTIONS
 from rc_ray.core.schemas import pair_schema
 from rc_ray.ledger.rundir import RunDir
 
@@ -129,20 +130,24 @@ def _card(metrics: dict[str, Any], manifest: dict[str, Any]) -> str:
     rewards = "\n".join(
         f"| {name} | {r['kind']} | {r.get('model') or r.get('function')} |" for name, r in fields["rewards"].items()
     )
+    selection = fields["selection"]
+    consistent = selection["strategy"] in ("rcs", "rc_all")
+    rule = f"{selection['consistency']} Reward Consistency (arXiv 2504.11337), " if consistent else ""
+    gap = f", gap `{selection['gap']}`" if "gap" in OPTIONS[selection["strategy"]] else ""
+    tags = ", ".join(["preference", "dpo", *(["reward-consistency"] if consistent else [])])
     return f"""---
 task_categories: [text-generation]
-tags: [preference, dpo, reward-consistency]
+tags: [{tags}]
 configs: [{{config_name: default, data_files: "pairs/*.parquet"}}]
 ---
-# Reward-consistent preference pairs
+# {"Reward-consistent preference" if consistent else "Preference"} pairs
 
 Made with rc_ray {manifest["versions"].get("rc-ray", "")}: {fields["generation"]["num_candidates"]} answers per prompt from `{fields["model"]}`,
-pairs on which all objectives agree ({fields["selection"]["consistency"]} Reward Consistency, arXiv 2504.11337), the pair with
-the largest gap ({fields["selection"]["gap"]}).
+pairs selected by {rule}strategy `{selection["strategy"]}`{gap}.
 
     datasets.load_dataset("parquet", data_files="pairs/*.parquet")
 
-{counts["prompts"]} prompts = {counts["paired"]} paired + {counts["dropped"]} dropped
+{counts["prompts"]} prompts = {counts["paired"]} paired + {counts["dropped"]} dropped; {counts["pairs"]} pairs
 
 | drop reason | prompts |
 |---|---|
