@@ -6,9 +6,11 @@ write becomes visible when it is closed, so no rename is needed.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
+import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,8 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from rc_ray.errors import DataError
+
+LOCK_NAME = "driver.json"
 
 
 @dataclass(frozen=True)
@@ -70,12 +74,12 @@ class Folder:
         return bool(found.type != pafs.FileType.NotFound)
 
     def is_empty(self) -> bool:
-        """Whether the folder is absent or holds nothing but what a killed write left behind."""
+        """Whether the folder is absent or holds nothing but what a killed driver left behind: its lock, half a file."""
         filesystem, path = self.filesystem()
         if filesystem.get_file_info(path).type == pafs.FileType.File:
             return False
         infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
-        return all(i.base_name.startswith(".") and i.base_name.endswith(".tmp") for i in infos)
+        return all(i.base_name == LOCK_NAME or (i.base_name.startswith(".") and i.base_name.endswith(".tmp")) for i in infos)
 
     def remove_unfinished(self) -> None:
         """Removes what killed writes left behind. For folders with one writer only."""
@@ -109,6 +113,32 @@ class Folder:
         finally:
             if os.path.exists(staged):
                 os.unlink(staged)
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Writes a file only if there is none of that name, and tells whether it did.
+
+        Exact on local disks; on others two writers in the same second may both see an empty place, and the later one wins.
+        """
+        filesystem, path = self.filesystem()
+        filesystem.create_dir(path, recursive=True)
+        if self.is_local:
+            try:
+                with open(f"{path}/{name}", "xb") as file:
+                    file.write(content)
+            except FileExistsError:
+                return False
+            return True
+        if self.exists(name):
+            return False
+        self.write_bytes(name, content)
+        time.sleep(1.0)
+        return self.read_bytes(name) == content
+
+    def remove(self, name: str) -> None:
+        """Deletes a file; nothing happens when it is gone already."""
+        filesystem, path = self.filesystem()
+        with contextlib.suppress(FileNotFoundError):
+            filesystem.delete_file(f"{path}/{name}")
 
     def read_json(self, name: str) -> Any:
         """A JSON file's value."""

@@ -18,7 +18,9 @@ from rc_ray.config import Config, fingerprint, load_config
 from rc_ray.core.statistics import Interval
 from rc_ray.evaluation.compare import Comparison, ObjectiveComparison
 from rc_ray.ledger import rundir
+from rc_ray.ledger.lock import DriverLock
 from rc_ray.ledger.rundir import RunDir
+from rc_ray.ledger.storage import Folder
 from rc_ray.pipeline import stages
 from rc_ray.pipeline.plan import make_plan
 from rc_ray.pipeline.progress import duration
@@ -95,17 +97,18 @@ def run(
     resolved = load_config(config, overrides)
     hashes = stages.check(resolved)
     emit(f"rc_ray    run directory {resolved.output}, configuration {fingerprint(resolved)[:8]}")
-    run_dir = stages.prepare(resolved, hashes, emit)
-    todo = pending(resolved, run_dir, only)
-    if todo:
-        emit(f"rc_ray    to do: {', '.join(todo)}")
-        _run_pending(resolved, run_dir, todo, emit)
-    else:
-        emit("rc_ray    every stage is finished: 0 tokens generated, 0 steps trained")
-    if only not in (None, "report"):
-        emit(f"rc_ray    {only} finished in {duration(time.monotonic() - started)}")
-        return None
-    metrics = stages.report(resolved, run_dir)
+    with DriverLock(Folder.at(resolved.output), emit):
+        run_dir = stages.prepare(resolved, hashes, emit)
+        todo = pending(resolved, run_dir, only)
+        if todo:
+            emit(f"rc_ray    to do: {', '.join(todo)}")
+            _run_pending(resolved, run_dir, todo, emit)
+        else:
+            emit("rc_ray    every stage is finished: 0 tokens generated, 0 steps trained")
+        if only not in (None, "report"):
+            emit(f"rc_ray    {only} finished in {duration(time.monotonic() - started)}")
+            return None
+        metrics = stages.report(resolved, run_dir)
     result = RunResult(run_dir.root.uri, metrics)
     emit(f"rc_ray    finished in {duration(time.monotonic() - started)}\n")
     for line in result.lines():

@@ -24,6 +24,7 @@ from rc_ray.core.selection_report import ReportBuilder, SelectionReport, lacks_s
 from rc_ray.errors import DataError, ResumeError
 from rc_ray.ledger import rundir
 from rc_ray.ledger.ledger import Ledger
+from rc_ray.ledger.lock import DriverLock
 from rc_ray.ledger.storage import Folder
 from rc_ray.pipeline.run import ConfigSource
 from rc_ray.pipeline.scored_files import ScoredSource
@@ -50,9 +51,18 @@ def select_files(
         The counts in metrics.json.
 
     Raises:
-        DataError, ConfigError: bad input. ResumeError: the output folder belongs to another input or other options.
+        DataError, ConfigError: bad input. ResumeError: the output folder belongs to another input or other options, or
+            another process works in it.
     """
     folder = Folder.at(output)
+    _manifest(folder)  # before the lock is written: not into a folder of something else
+    with DriverLock(folder, emit):
+        return _select_files(path, folder, config, emit, report)
+
+
+def _select_files(
+    path: str, folder: Folder, config: SelectionConfig, emit: Callable[[str], None], report: bool
+) -> dict[str, Any]:
     ledger = Ledger(folder / "ledger")
     known = _manifest(folder)
     looked: list[Summary] = []
@@ -68,7 +78,7 @@ def select_files(
     changed = differences({key: known.get(key) for key in wanted}, json.loads(json.dumps(wanted)))
     if changed:
         raise ResumeError(
-            f"--output = {output!r}: it was begun with another input or other options ({'; '.join(changed)}); give another folder, or put them back"
+            f"--output = {folder.uri!r}: it was begun with another input or other options ({'; '.join(changed)}); give another folder, or put them back"
         )
     fitted = Fitted(**known["fitted"])
     for written in (folder, folder / "pairs", folder / "drops", ledger.folder / STAGE):

@@ -39,6 +39,9 @@ def test_a_killed_run_resumes_and_repeats_nothing(tiny_config: dict[str, Any], t
         assert victim.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline, "no chunk was committed"
         time.sleep(0.05)
+    second = subprocess.run(command("killed"), capture_output=True, text=True, timeout=120, check=False)
+    assert second.returncode != 0
+    assert f"in use by process {victim.pid}" in second.stderr
     os.kill(victim.pid, signal.SIGKILL)
     victim.wait()
     time.sleep(5)  # Ray's processes notice that their driver is gone
@@ -47,6 +50,7 @@ def test_a_killed_run_resumes_and_repeats_nothing(tiny_config: dict[str, Any], t
 
     resumed = subprocess.run(command("killed"), capture_output=True, text=True, timeout=400, check=False)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert f"the driver {victim.pid}" in resumed.stdout, "the stale lock was not named"
     assert all((records / name).stat().st_mtime_ns == when for name, when in committed.items()), (
         "a committed chunk was sampled again"
     )
