@@ -121,7 +121,7 @@ def test_a_finished_selection_is_not_repeated_and_a_missing_chunk_is(
 def test_other_options_or_another_input_are_refused_with_the_difference(tmp_path: Path) -> None:
     source, output = write_jsonl(tmp_path / "in.jsonl", scored_rows(20)), str(tmp_path / "out")
     select_files(str(source), output, SelectionConfig(), lambda _: None)
-    with pytest.raises(ResumeError, match="selection.strategy: 'rcs' -> 'pareto'"):
+    with pytest.raises(ResumeError, match=r"selection\.strategy: 'rcs' -> 'pareto'"):
         select_files(str(source), output, SelectionConfig(strategy="pareto"), lambda _: None)
     write_jsonl(source, scored_rows(21))
     with pytest.raises(ResumeError, match="input"):
