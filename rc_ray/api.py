@@ -22,12 +22,14 @@ from rc_ray.core.ids import bad_row_id, prompt_id
 from rc_ray.core.measure import Fitted, Summary, fit
 from rc_ray.core.selection import needs_fit, select_pairs, summarize
 from rc_ray.errors import ConfigError, DataError
+from rc_ray.generation.arguments import check_engine_arguments
 from rc_ray.ledger import rundir
 from rc_ray.ledger.storage import Folder
 from rc_ray.pipeline import run as pipeline
 from rc_ray.pipeline import stages
 from rc_ray.pipeline.plan import Plan, make_plan
 from rc_ray.pipeline.preview import plan
+from rc_ray.pipeline.progress import start_board
 from rc_ray.pipeline.prompts import BadRow, check_source, read_cells, to_messages
 from rc_ray.pipeline.run import ConfigSource, RunResult
 from rc_ray.training.reward_model import train_reward
@@ -70,6 +72,12 @@ def sample(config: ConfigSource, prompts: Dataset | str | None = None, *, overri
         return _read_groups(resolved)
     from rc_ray.pipeline.graph import attach_generation, policy_of
 
+    check_engine_arguments(resolved.generation.engine)
+    if resolved.generation.max_candidates is not None:
+        raise ConfigError(
+            f"generation.max_candidates = {resolved.generation.max_candidates}: adaptive sampling needs the rewards while it samples; "
+            "use `run`, or leave it out here"
+        )
     source = resolved.prompts
     if isinstance(prompts, str):
         source = resolved.prompts.model_copy(update={"path": prompts})
@@ -89,7 +97,7 @@ def sample(config: ConfigSource, prompts: Dataset | str | None = None, *, overri
     blocks = list(_prompt_blocks(cells, resolved.prompts, resolved.cluster.chunk_size))
     if not blocks:
         raise DataError("prompts: there is no row to sample")
-    return attach_generation(ray.data.from_arrow(blocks), policy_of(resolved), plan)
+    return attach_generation(ray.data.from_arrow(blocks), policy_of(resolved), resolved, plan, start_board())
 
 
 def score(config: ConfigSource, groups: Dataset | str | None = None, *, overrides: Iterable[str] = ()) -> Dataset:
@@ -108,7 +116,7 @@ def score(config: ConfigSource, groups: Dataset | str | None = None, *, override
 
     _check_input(groups, "groups")
     plan = _connect(resolved)
-    return attach_rewards(_dataset(groups), resolved, plan)
+    return attach_rewards(_dataset(groups), resolved, plan, start_board())
 
 
 def select(config: ConfigSource, groups: Dataset | str | None = None, *, overrides: Iterable[str] = ()) -> Selection:
@@ -201,13 +209,13 @@ def evaluate(config: ConfigSource, model: str | None = None, *, overrides: Itera
     import ray
 
     plan = _connect(resolved)
-    tables = []
+    tables, board = [], start_board()
     held_out = resolved.evaluation.prompts
     cells = read_cells("evaluation.prompts", held_out)
     prompts = ray.data.from_arrow(list(_prompt_blocks(cells, held_out, resolved.cluster.chunk_size)))
     for name in (None, model):
-        groups = attach_generation(prompts, policy_of(resolved, name, resolved.evaluation.num_samples), plan)
-        tables.append(_table(attach_rewards(groups, resolved, plan)))
+        groups = attach_generation(prompts, policy_of(resolved, name, resolved.evaluation.num_samples), resolved, plan, board)
+        tables.append(_table(attach_rewards(groups, resolved, plan, board)))
     before, after = tables
     return compare(before, after, list(resolved.rewards), resolved.evaluation, resolved.seed).as_dict()
 

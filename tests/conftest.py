@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gzip
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,6 +149,25 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("the preference data beside the checkout (../shared/data) are not there")
     return SHARED_DATA
+
+
+Drawn = list[list[tuple[str, float, float]]]
+
+
+@pytest.fixture(scope="session")
+def alpaca_answers(shared_data: Path) -> Drawn:
+    """Per prompt of AlpacaEval, the answers of 55 models: text, log-odds of GPT-4's preference, minus characters.
+
+    The preference is a probability that often saturates; as log-odds it keeps its order and does not tie in float32. Three
+    entries are left out: two that game the judge, and the model that the preference compares with.
+    """
+    prompts: dict[int, list[tuple[str, float, float]]] = {}
+    with gzip.open(shared_data / "alpaca_eval" / "pool_weighted_gpt4turbo.jsonl.gz", "rt") as file:
+        for row in map(json.loads, file):
+            if row["generator"] not in ("NullModel", "gpt4_gamed", "gpt4_1106_preview"):
+                p = min(max(row["pref_vs_gpt4_1106"] - 1, 1e-12), 1 - 1e-12)
+                prompts.setdefault(row["pid"], []).append((row["output"], math.log(p / (1 - p)), -float(len(row["output"]))))
+    return list(prompts.values())
 
 
 @dataclass(frozen=True)

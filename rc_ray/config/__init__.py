@@ -2,6 +2,7 @@
 
 from rc_ray.config.load import differences, fingerprint, load_config, load_selection, result_fields, to_yaml
 from rc_ray.config.schema import (
+    BudgetConfig,
     ClassifierReward,
     ClusterConfig,
     Config,
@@ -16,6 +17,7 @@ from rc_ray.config.schema import (
 from rc_ray.config.selection import EnsembleConfig, SelectionConfig
 
 __all__ = [
+    "BudgetConfig",
     "ClassifierReward",
     "ClusterConfig",
     "Config",

@@ -36,7 +36,7 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Iter
     if isinstance(source, Config):
         raw: Any = source.model_dump(mode="json", exclude_unset=True)
     elif isinstance(source, Mapping):
-        raw = json.loads(json.dumps(source))
+        raw = json.loads(json.dumps(source, default=str))
     else:
         raw = _read_yaml(EMBEDDED_CONFIGS.get(str(source), Path(source)))
     for override in overrides:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AwareDatetime, Field, field_validator, model_validator
 
 from rc_ray.config.base import NAME_PATTERN, Section
 from rc_ray.config.selection import SelectionConfig
@@ -75,6 +75,13 @@ class GenerationConfig(Section):
     num_candidates: int = Field(8, ge=2)
     """N: answers sampled per prompt. At least 2, since a pair needs two."""
 
+    max_candidates: int | None = Field(None, ge=2)
+    """Adaptive N: a group that lacks a pair after `num_candidates` answers is given as many again, and so on up to this number; the
+    answers are those that a fixed N would have given. None: no more. Needs a strategy with the RC rule, and all pools at once."""
+
+    target_gap: float | None = Field(None, gt=0)
+    """Adaptive N: a pair with a smaller gap counts as none, unless there are `max_candidates` answers."""
+
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature. Must be positive: greedy candidates are all alike."""
 
@@ -99,7 +106,7 @@ class GenerationConfig(Section):
 
     engine: dict[str, Any] = {}
     """Further vLLM engine arguments by vLLM's own names, e.g. `{tensor_parallel_size: 2, gpu_memory_utilization: 0.85}`;
-    checked against vLLM's list when the engine starts."""
+    checked against vLLM's own list before anything starts."""
 
     pool: PoolConfig = _deployment(PoolConfig())
     """The pool of vLLM engines."""
@@ -111,6 +118,12 @@ class GenerationConfig(Section):
                 f"max_tokens ({self.max_tokens}) leaves no room for a prompt in max_model_len ({self.max_model_len}); "
                 "lower the first or raise the second"
             )
+        if self.max_candidates is not None and self.max_candidates <= self.num_candidates:
+            raise ValueError(
+                f"max_candidates ({self.max_candidates}) must be above num_candidates ({self.num_candidates}), the number to begin with"
+            )
+        if self.target_gap is not None and self.max_candidates is None:
+            raise ValueError("target_gap has no effect without max_candidates; set that too, or remove it")
         owned = {"model", "seed", "dtype", "max_model_len", "revision"} & set(self.engine)
         if owned:
             raise ValueError(f"engine.{sorted(owned)[0]} has a field of its own in the configuration; set it there")
@@ -254,6 +267,20 @@ class EvaluationConfig(Section):
     """Bootstrap resamples (of prompts)."""
 
 
+class BudgetConfig(Section):
+    """When sampling ends before all prompts are sampled. Blocks in work are finished; the run then selects from what there is, and
+    stops. With a larger budget it goes on. What comes out of a prompt does not depend on it, only how many prompts there are."""
+
+    target_pairs: int | None = Field(None, ge=1)
+    """Enough prompts with a pair. Looked at while sampling, with the scale of the data taken as 1 where it is not known yet."""
+
+    max_generated_tokens: int | None = Field(None, ge=1)
+    """Enough tokens sampled, over all sessions of the run."""
+
+    deadline: AwareDatetime | None = None
+    """When to end, e.g. `2027-01-31T08:00:00Z`."""
+
+
 class ClusterConfig(Section):
     """Where Ray runs. Nothing here changes what comes out."""
 
@@ -276,6 +303,16 @@ class ClusterConfig(Section):
 
     progress_interval_s: float = Field(5.0, gt=0)
     """Seconds between progress lines."""
+
+    stall_timeout_s: float = Field(1800.0, gt=0)
+    """The run ends, resumable, when nothing has finished for so long; longer than a model takes to load and one group to finish."""
+
+    max_attempts: int = Field(3, ge=1)
+    """How often a group may take its process down with it before it is recorded as failed; other groups go on."""
+
+    max_failed_fraction: float = Field(0.5, gt=0, le=1)
+    """The run ends when more than this share of the finished groups failed (an error of the engine, a missing reward), looked at
+    from 32 groups on. What failed is tried again when the run is resumed. 1: never."""
 
 
 class Config(Section):
@@ -314,6 +351,9 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     """Before/after."""
 
+    budget: BudgetConfig = _deployment(BudgetConfig())
+    """When to end early."""
+
     cluster: ClusterConfig = _deployment(ClusterConfig())
     """Ray."""
 
@@ -332,6 +372,20 @@ class Config(Section):
             raise ValueError(
                 "selection.strategy rc_filter filters existing pairs, but a run samples groups; use rcs, or `rc-ray select --input`"
             )
+        if self.generation.max_candidates is not None:
+            if self.selection.strategy not in ("rcs", "rc_all"):
+                raise ValueError(
+                    f"generation.max_candidates has no effect with selection.strategy {self.selection.strategy}, which takes a pair from "
+                    "any group; use rcs or rc_all, or remove it"
+                )
+            by_scale = (
+                self.selection.margin_unit == "scale" or self.selection.ensembles or self.generation.target_gap is not None
+            )
+            if by_scale and self.selection.needs_scale_of_data:
+                raise ValueError(
+                    "generation.max_candidates decides while sampling, when the scale of the data is not known, but the selection depends "
+                    "on it; give selection.scale, or use scale: group, or gap: sum"
+                )
         if self.selection.strategy in ("rcs", "rc_all", "pareto", "mixed") and len(objectives) < 2:
             raise ValueError(
                 f"rewards has {len(objectives)} objective(s), but selection.strategy {self.selection.strategy} compares at least 2; "

@@ -8,6 +8,7 @@ engine dies, all groups in flight get that error.
 from __future__ import annotations
 
 import queue
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rc_ray.config import GenerationConfig
-from rc_ray.errors import ConfigError
+from rc_ray.generation.arguments import check_engine_arguments
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,29 @@ class Candidate:
 class _Request:
     prompt_ids: list[int]
     seed: int
+    num_candidates: int
     future: Future[list[Candidate]]
+
+
+def _hide_llvmlite() -> None:
+    """Makes llvmlite's library wrapper deny attributes such as `__dict__`, as other objects without them do.
+
+    vLLM's CPU platform looks at every object of every loaded module, and this one answers to any name, which ends the engine's
+    start in any process that has used Numba before, such as a Ray worker that has selected pairs.
+    """
+    ffi = sys.modules.get("llvmlite.binding.ffi")
+    wrapper = getattr(ffi, "_lib_wrapper", None)
+    if wrapper is None or getattr(wrapper.__getattr__, "denies_special_names", False):
+        return
+    found = wrapper.__getattr__
+
+    def lookup(self: Any, name: str) -> Any:
+        if name.startswith("__") and name.endswith("__"):
+            raise AttributeError(name)
+        return found(self, name)
+
+    lookup.denies_special_names = True  # type: ignore[attr-defined]
+    wrapper.__getattr__ = lookup
 
 
 class EngineDied(RuntimeError):
@@ -52,7 +75,6 @@ class SamplingEngine:
         config: GenerationConfig,
         dtype: str,
         on_gpu: bool,
-        num_candidates: int | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
@@ -67,16 +89,11 @@ class SamplingEngine:
         if not on_gpu:
             # Compilation costs minutes and gains nothing here; seeded requests that are prefilled in chunks kill the CPU engine.
             arguments |= {"enforce_eager": True, "enable_chunked_prefill": False}
-        unknown = set(config.engine) - set(EngineArgs.__dataclass_fields__)
-        if unknown:
-            raise ConfigError(
-                f"generation.engine.{sorted(unknown)[0]} = {config.engine[sorted(unknown)[0]]!r}: vLLM has no such engine argument; "
-                "see `vllm serve --help` for the names"
-            )
+        check_engine_arguments(config.engine)
         arguments |= config.engine
         arguments.setdefault("max_num_batched_tokens", max(config.max_model_len, 4096))
         self._config = config
-        self._num_candidates = num_candidates or config.num_candidates
+        _hide_llvmlite()
         self._engine = LLMEngine.from_engine_args(
             EngineArgs(
                 model=model,
@@ -93,7 +110,7 @@ class SamplingEngine:
         self._died: BaseException | None = None
         threading.Thread(target=self._loop, name="vllm-engine", daemon=True).start()
 
-    def submit(self, prompt_ids: list[int], seed: int) -> Future[list[Candidate]]:
+    def submit(self, prompt_ids: list[int], seed: int, num_candidates: int) -> Future[list[Candidate]]:
         """Queues one group; candidate i is sampled with seed + i.
 
         Returns:
@@ -104,7 +121,7 @@ class SamplingEngine:
         if self._died is not None:
             future.set_exception(EngineDied(str(self._died)))
         else:
-            self._queue.put(_Request(prompt_ids, seed, future))
+            self._queue.put(_Request(prompt_ids, seed, num_candidates, future))
         return future
 
     def _loop(self) -> None:
@@ -123,7 +140,7 @@ class SamplingEngine:
                 for output in self._engine.step():
                     if output.finished:
                         done = in_flight.pop(output.request_id)
-                        done.future.set_result(self._candidates(output, done.seed))
+                        done.future.set_result(self._candidates(output, done))
         except BaseException as error:
             self._died = error
             for request in in_flight.values():
@@ -139,7 +156,7 @@ class SamplingEngine:
             name,
             {"prompt_token_ids": request.prompt_ids},
             SamplingParams(
-                n=self._num_candidates,
+                n=request.num_candidates,
                 seed=request.seed,
                 temperature=self._config.temperature,
                 top_p=self._config.top_p,
@@ -152,16 +169,16 @@ class SamplingEngine:
         )
         return name
 
-    def _candidates(self, output: Any, seed: int) -> list[Candidate]:
+    def _candidates(self, output: Any, request: _Request) -> list[Candidate]:
         outputs = sorted(output.outputs, key=lambda o: o.index)
-        if [o.index for o in outputs] != list(range(self._num_candidates)):
-            raise EngineDied(f"vLLM returned candidates {[o.index for o in outputs]} of {self._num_candidates}")
+        if [o.index for o in outputs] != list(range(request.num_candidates)):
+            raise EngineDied(f"vLLM returned candidates {[o.index for o in outputs]} of {request.num_candidates}")
         return [
             Candidate(
                 text=o.text,
                 token_ids=list(o.token_ids),
                 finish_reason=str(o.finish_reason),
-                seed=seed + o.index,
+                seed=request.seed + o.index,
                 logprob=float(o.cumulative_logprob),
             )
             for o in outputs

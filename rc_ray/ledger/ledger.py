@@ -12,6 +12,7 @@ Invariant: a data file without its record does not count; a record is only writt
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +26,6 @@ def chunk_name(chunk: int) -> str:
     return f"chunk-{chunk:06d}"
 
 
-def chunk_numbers(folder: Folder, ending: str) -> list[int]:
-    """The chunks that a folder has files of, in order; other files there are passed over."""
-    return [int(name[len("chunk-") : -len(ending)]) for name in folder.names(ending) if name.startswith("chunk-")]
-
-
 @dataclass(frozen=True)
 class Ledger:
     """The commit records below one folder."""
@@ -38,7 +34,8 @@ class Ledger:
 
     def done(self, stage: str) -> set[int]:
         """Chunks that a stage has committed."""
-        return set(chunk_numbers(self.folder / stage, ".json"))
+        names = (self.folder / stage).names(".json")
+        return {int(name[len("chunk-") : -len(".json")]) for name in names if name.startswith("chunk-")}
 
     def commit(self, stage: str, chunk: int, counts: dict[str, Any], files: dict[Folder, pa.Table]) -> None:
         """Writes a chunk's tables, one file per folder, then the record that makes them count."""
@@ -46,12 +43,21 @@ class Ledger:
             folder.write_table(f"{chunk_name(chunk)}.parquet", table)
         (self.folder / stage).write_json(f"{chunk_name(chunk)}.json", counts)
 
+    def give_back(self, stage: str, chunk: int) -> None:
+        """Takes a commit back: the chunk is done again by the next run."""
+        (self.folder / stage).remove(f"{chunk_name(chunk)}.json")
+
+    def counts(self, stage: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Chunk and counts of every commit of a stage, in the order of chunks."""
+        records = self.folder / stage
+        for chunk in sorted(self.done(stage)):
+            yield chunk, records.read_json(f"{chunk_name(chunk)}.json")
+
     def totals(self, stage: str) -> dict[str, float]:
         """Sum of the counts over all commits of a stage."""
         totals: dict[str, float] = {}
-        records = self.folder / stage
-        for chunk in chunk_numbers(records, ".json"):
-            for key, value in records.read_json(f"{chunk_name(chunk)}.json").items():
+        for _, counts in self.counts(stage):
+            for key, value in counts.items():
                 totals[key] = totals.get(key, 0) + value
         return totals
 

@@ -14,15 +14,19 @@ from typing import Any
 
 import pyarrow as pa
 
-from rc_ray.config import GenerationConfig, RewardConfig
+from rc_ray.config import GenerationConfig, RewardConfig, SelectionConfig
 from rc_ray.core import schemas
 from rc_ray.core.ids import candidate_seed
+from rc_ray.core.measure import Fitted
+from rc_ray.core.selection import select_pairs
 from rc_ray.errors import ResumeError
 from rc_ray.ledger.ledger import Ledger, chunk_name
 from rc_ray.ledger.storage import Folder
+from rc_ray.pipeline.attempts import Attempts
 from rc_ray.pipeline.progress import Reporter
+from rc_ray.rewards.base import Score
 
-CHUNK, SAMPLED = "chunk", "sampled"
+CHUNK, SAMPLED, SCORED = "chunk", "sampled", "scored"
 
 
 @dataclass(frozen=True)
@@ -34,15 +38,18 @@ class Policy:
     trust_remote_code: bool
     generation: GenerationConfig
     num_candidates: int
+    max_candidates: int | None
     seed: int
 
 
 def load_chunk(items: pa.Table, prompts: Folder, groups: Folder) -> pa.Table:
-    """Reads one chunk: its groups when they have been sampled, else its prompts with `candidates` null."""
+    """Reads one chunk: its groups when they have been sampled, with the rewards that are committed; else its prompts with
+    `candidates` null."""
     (item,) = items.to_pylist()
     name = f"{chunk_name(item[CHUNK])}.parquet"
     table = (groups if item[SAMPLED] else prompts).read_table(name)
-    table = table.select([n for n in schemas.GROUP.names if n in table.column_names])
+    wanted = [*schemas.GROUP.names, *(field.name for field in schemas.reward_fields(item[SCORED]))]
+    table = table.select([n for n in wanted if n in table.column_names])
     for field in schemas.GROUP:
         if field.name not in table.column_names:
             table = table.append_column(field, pa.nulls(table.num_rows, field.type))
@@ -53,7 +60,9 @@ def load_chunk(items: pa.Table, prompts: Folder, groups: Folder) -> pa.Table:
 class GenerateGroups:
     """Samples N candidates for every prompt of a block. Threads may call it side by side; they share one engine."""
 
-    def __init__(self, policy: Policy, on_gpu: bool, engines_per_host: int, board: Any | None, stage: str) -> None:
+    def __init__(
+        self, policy: Policy, on_gpu: bool, engines_per_host: int, board: Any | None, stage: str, max_attempts: int
+    ) -> None:
         from rc_ray.generation.hardware import choose_dtype, cpu_engine_environment
 
         if not on_gpu:
@@ -65,6 +74,7 @@ class GenerateGroups:
 
         self._policy = policy
         self._reporter = Reporter(board, stage)
+        self._attempts = Attempts(board, stage, max_attempts)
         path = local_model(policy.model)
         self._render = PromptRenderer(path, policy.revision, policy.trust_remote_code)
         self._engine = SamplingEngine(
@@ -72,29 +82,52 @@ class GenerateGroups:
             policy.generation,
             choose_dtype(policy.generation.dtype, on_gpu)[0],
             on_gpu,
-            policy.num_candidates,
             policy.revision,
             policy.trust_remote_code,
         )
         self._reporter.ready()
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Fills `candidates` (or `failure`) of every row that has neither."""
+        """Fills `candidates` (or `failure`) of every row that has neither; after the end of sampling such a block comes out empty."""
         rows = block.to_pylist()
-        waiting = {i: self._submit(row) for i, row in enumerate(rows) if row["candidates"] is None}
-        for i, pending in waiting.items():
-            row = rows[i]
-            row["candidates"] = []
-            if isinstance(pending, tuple):
-                row["failure"], row["failure_detail"] = pending
-            else:
-                self._collect(row, pending)
-            self._reporter.add(1, sum(len(c["token_ids"]) for c in row["candidates"]))
+        todo = [row for row in rows if row["candidates"] is None]
+        if todo and self._reporter.sampling_ended():
+            return block.slice(0, 0)
+        if todo:
+            with self._attempts.block(todo[0]["prompt_id"]) as one_by_one:
+                self._sample(todo, self._policy.num_candidates, one_by_one)
+        for row in todo:
+            self._count(row)
         self._reporter.flush()
         return pa.Table.from_pylist(rows, schema=block.schema)
 
-    def _submit(self, row: dict[str, Any]) -> Any:
-        """A future of candidates, or (reason, detail) when the prompt cannot be sampled."""
+    def _sample(self, rows: list[dict[str, Any]], number: int, one_by_one: bool) -> None:
+        """Adds candidates to every row until it has `number` of them, or a failure."""
+        if one_by_one:
+            for row in rows:
+                with self._attempts.group(row["prompt_id"]) as given_up:
+                    self._finish(row, ("generation_failed", given_up) if given_up else self._submit(row, number))
+            return
+        pending = [(row, self._submit(row, number)) for row in rows]
+        for row, answers in pending:
+            self._finish(row, answers)
+
+    def _finish(self, row: dict[str, Any], pending: Any) -> None:
+        """Waits for what `_submit` returned and enters it into the row."""
+        row["candidates"] = row["candidates"] or []
+        if not isinstance(pending, tuple):
+            pending = self._collect(row, pending)
+        if pending is not None and not row["candidates"]:  # what could be sampled before is kept
+            row["failure"], row["failure_detail"] = pending
+            if row["failure"] == "generation_failed":
+                self._reporter.error(row["failure_detail"])
+
+    def _count(self, row: dict[str, Any]) -> None:
+        tokens = sum(len(c["token_ids"]) for c in row["candidates"])
+        self._reporter.add(1, tokens, int(row["failure"] == "generation_failed"))
+
+    def _submit(self, row: dict[str, Any], number: int) -> Any:
+        """A future of the candidates that are lacking, or (reason, detail) when the prompt cannot be sampled."""
         limits = self._policy.generation
         try:
             ids = self._render(row["prompt"])
@@ -105,54 +138,112 @@ class GenerateGroups:
                 "prompt_too_long",
                 f"{len(ids)} prompt tokens + max_tokens {limits.max_tokens} > max_model_len {limits.max_model_len}",
             )
-        return self._engine.submit(ids, candidate_seed(self._policy.seed, row["prompt_id"]))
+        have = len(row["candidates"] or [])
+        return self._engine.submit(ids, candidate_seed(self._policy.seed, row["prompt_id"]) + have, number - have)
 
-    def _collect(self, row: dict[str, Any], future: Any) -> None:
+    def _collect(self, row: dict[str, Any], future: Any) -> tuple[str, str] | None:
+        """Appends the candidates of a future to the row; returns (reason, detail) when there are none."""
         from rc_ray.generation.engine import EngineDied
 
         try:
-            row["candidates"] = [vars(candidate) for candidate in future.result()]
+            row["candidates"] += [vars(candidate) for candidate in future.result()]
         except EngineDied as error:
             # Raising would keep this actor with its dead engine; leaving makes Ray start another and retry the block.
             print(f"rc_ray: the vLLM engine died: {error}", file=sys.stderr, flush=True)
+            self._reporter.error(f"the vLLM engine died: {error}"[:500], leaving=True)
             os._exit(1)
         except Exception as error:  # vLLM refused this request
-            row["failure"], row["failure_detail"] = "generation_failed", f"{type(error).__name__}: {error}"[:500]
+            return "generation_failed", f"{type(error).__name__}: {error}"[:500]
+        return None
 
 
 class ScoreGroups:
     """Adds one objective's rewards to every group of a block."""
 
     def __init__(
-        self, objective: str, config: RewardConfig, on_gpu: bool, num_threads: int, board: Any | None, stage: str
-    ) -> None:
+        self, objective: str, config: RewardConfig, on_gpu: bool, num_threads: int, board: Any | None, stage: str, max_attempts: int,
+        last: bool, keep_scored: bool,
+    ) -> None:  # fmt: skip
         if not on_gpu:
             os.environ["OMP_NUM_THREADS"] = str(num_threads)
         from rc_ray.rewards.base import build_reward
 
-        self._objective = objective
+        self._objective, self._last, self._keep_scored = objective, last, keep_scored
         self._reward = build_reward(config, on_gpu, num_threads)
         self._reporter = Reporter(board, stage)
-        self._reporter.ready()
+        self._attempts = Attempts(board, f"{stage} {objective}", max_attempts)
+        if last:
+            self._reporter.ready()
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Appends `reward.<objective>` and `missing.<objective>`."""
+        old = {field.name for field in schemas.reward_fields([self._objective])} & set(block.column_names)
+        if not (old and self._keep_scored):
+            block = block.drop_columns(sorted(old))
+            for field, values in zip(schemas.reward_fields([self._objective]), self.score(block), strict=True):
+                block = block.append_column(field, pa.array(values, field.type))
+        if self._last:
+            failed = sum(_has_failed(row) for row in block.drop_columns(["prompt", "candidates"]).to_pylist())
+            tokens = sum(len(c["token_ids"]) for group in block.column("candidates").to_pylist() for c in group or [])
+            self._reporter.add(block.num_rows, tokens, failed)
+            self._reporter.flush()
+        return block
+
+    def score(self, block: pa.Table) -> tuple[list[list[float | None]], list[str | None]]:
+        """Rewards of each group's candidates, and why some are missing."""
+        ids = block.column("prompt_id").to_pylist()
         prompts = block.column("prompt").to_pylist()
         candidates = [c or [] for c in block.column("candidates").to_pylist()]
-        flat = [(prompt, c["text"]) for prompt, group in zip(prompts, candidates, strict=True) for c in group]
-        scores = iter(self._reward.score([p for p, _ in flat], [a for _, a in flat]) if flat else [])
-        rewards: list[list[float | None]] = []
-        missing: list[str | None] = []
-        for group in candidates:
-            scored = [next(scores) for _ in group]
-            rewards.append([s.value for s in scored])
-            reasons = Counter(s.missing for s in scored if s.value is None)
-            missing.append("; ".join(f"{n}x {reason}" for reason, n in reasons.items()) or None)
-        self._reporter.add(block.num_rows, sum(len(c["token_ids"]) for group in candidates for c in group))
-        self._reporter.flush()
-        reward_field, missing_field = schemas.reward_fields([self._objective])
-        block = block.append_column(reward_field, pa.array(rewards, reward_field.type))
-        return block.append_column(missing_field, pa.array(missing, missing_field.type))
+        scores: list[list[Score]] = [[] for _ in ids]
+        todo = [i for i, group in enumerate(candidates) if group]
+        if todo:
+            with self._attempts.block(ids[todo[0]]) as one_by_one:
+                together = None if one_by_one else self._score_together([(prompts[i], candidates[i]) for i in todo])
+                for number, i in enumerate(todo):
+                    if together is not None:
+                        scores[i] = together[number]
+                    else:
+                        scores[i] = self._score_alone(ids[i], prompts[i], [c["text"] for c in candidates[i]])
+        rewards = [[s.value for s in group] for group in scores]
+        missing = [self._why_missing(group) for group in scores]
+        for reason in list(filter(None, missing))[-1:]:
+            self._reporter.error(f"{self._objective}: {reason}")
+        return rewards, missing
+
+    def _score_together(self, groups: list[tuple[Any, list[dict[str, Any]]]]) -> list[list[Score]] | None:
+        """The scores of each group; None after an error, which one group alone may have caused."""
+        try:
+            flat = [(prompt, c["text"]) for prompt, group in groups for c in group]
+            scores = iter(self._reward.score([p for p, _ in flat], [a for _, a in flat]))
+            return [[next(scores) for _ in group] for _, group in groups]
+        except Exception:
+            return None
+
+    def _score_alone(self, prompt_id: str, prompt: Any, answers: list[str]) -> list[Score]:
+        with self._attempts.group(prompt_id) as given_up:
+            if given_up:
+                return [Score(None, given_up)] * len(answers)
+            try:
+                return self._reward.score([prompt] * len(answers), answers)
+            except Exception as error:
+                return [Score(None, f"scoring failed: {type(error).__name__}: {error}"[:500])] * len(answers)
+
+    @staticmethod
+    def _why_missing(group: list[Score]) -> str | None:
+        reasons = Counter(s.missing for s in group if s.value is None)
+        return "; ".join(f"{n}x {reason}" for reason, n in reasons.items()) or None
+
+
+def unit_scale(table: pa.Table) -> Fitted:
+    """Stands in for the numbers about all the data while these are not there yet: every scale and weight is 1."""
+    ones = dict.fromkeys(schemas.scored_objectives(table.schema), 1.0)
+    return Fitted(ones, ones)
+
+
+def _has_failed(row: dict[str, Any]) -> bool:
+    """Whether an error kept a group from selection, rather than a property of its prompt."""
+    lacking = any(value is not None for name, value in row.items() if name.startswith(schemas.MISSING_PREFIX))
+    return lacking or row["failure"] == "generation_failed"
 
 
 def split_chunks(block: pa.Table, prompts: Folder) -> dict[int, pa.Table]:
@@ -174,8 +265,16 @@ def split_chunks(block: pa.Table, prompts: Folder) -> dict[int, pa.Table]:
     return chunks
 
 
-def commit_groups(block: pa.Table, ledger: Ledger, stage: str, prompts: Folder, groups: Folder, skip_sampled: bool) -> pa.Table:
-    """Writes each chunk of a block and its commit record; hands the block on unchanged."""
+def commit_groups(
+    block: pa.Table, ledger: Ledger, stage: str, prompts: Folder, groups: Folder, skip_sampled: bool, board: Any,
+    selection: SelectionConfig | None,
+) -> pa.Table:  # fmt: skip
+    """Writes each chunk of a block and its commit record; hands the block on unchanged.
+
+    Args:
+        skip_sampled: pass over blocks that were committed by this stage before.
+        selection: how to count prompts with a pair, once all rewards are there.
+    """
     if block.num_rows and not (skip_sampled and block.column(SAMPLED)[0].as_py()):
         for chunk, table in split_chunks(block, prompts).items():
             candidates = [c for group in table.column("candidates").to_pylist() for c in group or []]
@@ -184,6 +283,10 @@ def commit_groups(block: pa.Table, ledger: Ledger, stage: str, prompts: Folder, 
                 "candidates": len(candidates),
                 "tokens": sum(len(c["token_ids"]) for c in candidates),
                 "truncated": sum(c["finish_reason"] == "length" for c in candidates),
+                "failed": sum(_has_failed(row) for row in table.drop_columns(["prompt", "candidates"]).to_pylist()),
             }
+            if selection is not None:
+                counts["paired"] = select_pairs(table, selection, unit_scale(table)).num_paired
+                board.found_pairs.remote(stage, counts["paired"])
             ledger.commit(stage, chunk, counts, {groups: table})
     return block

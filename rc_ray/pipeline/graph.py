@@ -3,30 +3,34 @@
     load chunk ─► GenerateGroups ─► commit `sample` ─► ScoreGroups x K ─► commit `score`
 
 One block is one chunk all the way, so a chunk is what is retried and committed. In streaming mode this is one graph; in phased
-mode it is run in two, up to the first commit and from there. `attach_*` add the same pools to any Dataset of the user's.
+mode each phase is a graph of its own, from commit to commit. `attach_*` add the same pools to any Dataset of the user's.
+
+An actor that dies is replaced by Ray and its blocks are run again without a limit of Ray's; `attempts.py` sets the limit.
 """
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rc_ray.config import Config
+import pyarrow as pa
+
+from rc_ray.config import BudgetConfig, Config
 from rc_ray.errors import ClusterError, ResumeError
-from rc_ray.ledger.ledger import Ledger, chunk_name, chunk_numbers
+from rc_ray.ledger.ledger import Ledger
 from rc_ray.ledger.storage import Folder
 from rc_ray.pipeline import actors
-from rc_ray.pipeline.actors import CHUNK, SAMPLED, Policy
-from rc_ray.pipeline.plan import Plan, reward_threads
+from rc_ray.pipeline.actors import CHUNK, SAMPLED, SCORED, Policy
+from rc_ray.pipeline.adaptive import AdaptiveGroups
+from rc_ray.pipeline.budget import exhausted
+from rc_ray.pipeline.plan import GENERATION, Plan, reward_threads
+from rc_ray.pipeline.watchdog import TooManyFailedError, check_failed, guard
 
 if TYPE_CHECKING:
     from ray.data import Dataset
-
 # Blocks an actor works on at once: enough for the engine to find new groups while the last ones of a block still decode.
 BLOCKS_PER_ENGINE = 4
-# Attempts for a block whose actor dies. Ray's own default retries for ever.
-MAX_RETRIES = 3
+ITEM = pa.schema([(CHUNK, pa.int32()), (SAMPLED, pa.bool_()), (SCORED, pa.list_(pa.string()))])
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,21 @@ class GroupRun:
     prompts: Folder
     groups: Folder
     ledger: Ledger
+    prompts_stage: str
     sample_stage: str
     score_stage: str
+    bounded: bool = False
+    """Whether the budget counts for it."""
+
+    def sizes(self) -> dict[int, int]:
+        """Prompts in each chunk, from what was recorded when they were split; no chunk is opened."""
+        facts = self.ledger.facts(self.prompts_stage)
+        size = facts["chunk_size"]
+        return {chunk: min(size, facts["prompts"] - chunk * size) for chunk in range(facts["chunks"])}
 
     def chunks(self) -> list[int]:
         """All chunks of the prompts."""
-        return chunk_numbers(self.prompts, ".parquet")
+        return list(self.sizes())
 
 
 def policy_of(config: Config, model: str | None = None, num_candidates: int | None = None) -> Policy:
@@ -53,147 +66,234 @@ def policy_of(config: Config, model: str | None = None, num_candidates: int | No
         trust_remote_code=config.trust_remote_code,
         generation=config.generation,
         num_candidates=num_candidates or config.generation.num_candidates,
+        max_candidates=None if num_candidates else config.generation.max_candidates,
         seed=config.seed,
     )
 
 
-def _bounded_retries() -> dict[str, int]:
-    """Actor options; Ray 2.60 has no named parameter for them yet and warns about that on each use."""
-    warnings.filterwarnings("ignore", message=".*ray_remote_args. is deprecated")
-    return {"max_task_retries": MAX_RETRIES}
+def attach_generation(
+    dataset: Dataset, policy: Policy, config: Config, plan: Plan, board: Any = None, stage: str = "sample",
+    adaptive: dict[str, Any] | None = None,
+) -> Dataset:  # fmt: skip
+    """Adds the vLLM pool to a Dataset of `schemas.GROUP` rows with `candidates` null.
 
-
-def attach_generation(dataset: Dataset, policy: Policy, plan: Plan, board: Any = None, stage: str = "sample") -> Dataset:
-    """Adds the vLLM pool to a Dataset of `schemas.GROUP` rows with `candidates` null."""
+    Args:
+        adaptive: further arguments of `AdaptiveGroups`, which then takes the place of `GenerateGroups`.
+    """
     from ray.data import ActorPoolStrategy
 
     pool = plan.generation
+    # A block that waits for its rewards leaves the engine to others.
+    blocks = BLOCKS_PER_ENGINE * (2 if adaptive else 1)
     return dataset.map_batches(
-        actors.GenerateGroups,
+        AdaptiveGroups if adaptive else actors.GenerateGroups,
         fn_constructor_kwargs={
             "policy": policy,
             "on_gpu": pool.num_gpus > 0,
             "engines_per_host": plan.engines_per_host,
             "board": board,
             "stage": stage,
+            "max_attempts": config.cluster.max_attempts,
+            **(adaptive or {}),
         },
         batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(
             size=pool.size,
-            max_tasks_in_flight_per_actor=BLOCKS_PER_ENGINE,
-            max_concurrent_calls_per_actor=BLOCKS_PER_ENGINE,
+            max_tasks_in_flight_per_actor=blocks,
+            max_concurrent_calls_per_actor=blocks,
             enable_true_multi_threading=True,
         ),
         num_cpus=pool.num_cpus,
         num_gpus=pool.num_gpus,
-        **_bounded_retries(),
     )
 
 
-def attach_rewards(dataset: Dataset, config: Config, plan: Plan, board: Any = None, stage: str = "score") -> Dataset:
-    """Adds one pool per objective to a Dataset of groups."""
+def _scorer_arguments(config: Config, plan: Plan, objective: str, board: Any, stage: str, num_pools: int) -> dict[str, Any]:
+    return {
+        "objective": objective,
+        "config": config.rewards[objective],
+        "on_gpu": plan.rewards[objective].num_gpus > 0,
+        "num_threads": reward_threads(num_pools),
+        "board": board,
+        "stage": stage,
+        "max_attempts": config.cluster.max_attempts,
+    }
+
+
+def start_scorers(config: Config, plan: Plan, board: Any, stage: str) -> dict[str, list[Any]]:
+    """The reward pools as actors that are asked directly; they live as long as their handles."""
+    import ray
+
+    scorers = {}
+    for objective, pool in plan.rewards.items():
+        actor = ray.remote(actors.ScoreGroups).options(  # type: ignore[attr-defined]
+            num_cpus=pool.num_cpus, num_gpus=pool.num_gpus, max_restarts=-1, max_task_retries=-1
+        )
+        arguments = _scorer_arguments(config, plan, objective, board, stage, len(plan.rewards))
+        scorers[objective] = [actor.remote(**arguments, last=False, keep_scored=False) for _ in range(pool.size)]
+    return scorers
+
+
+def attach_rewards(
+    dataset: Dataset, config: Config, plan: Plan, board: Any = None, stage: str = "score", objectives: list[str] | None = None,
+    keep_scored: bool = False,
+) -> Dataset:  # fmt: skip
+    """Adds one pool per objective, or per one of those named, to a Dataset of groups.
+
+    Rewards that a block has already are replaced, or kept if so asked.
+    """
     from ray.data import ActorPoolStrategy
 
-    for number, (objective, reward) in enumerate(config.rewards.items()):
+    names = list(config.rewards) if objectives is None else objectives
+    for objective in names:
         pool = plan.rewards[objective]
-        last = number == len(config.rewards) - 1
         dataset = dataset.map_batches(
-            actors.ScoreGroups,
+            # A name of its own in what Ray and the watchdog say.
+            type(f"ScoreGroups_{objective}", (actors.ScoreGroups,), {}),
             fn_constructor_kwargs={
-                "objective": objective,
-                "config": reward,
-                "on_gpu": pool.num_gpus > 0,
-                "num_threads": reward_threads(len(config.rewards)),
-                "board": board if last else None,
-                "stage": stage,
+                **_scorer_arguments(config, plan, objective, board, stage, len(names)),
+                "last": objective == names[-1],
+                "keep_scored": keep_scored,
             },
             batch_size=None,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=pool.size),
             num_cpus=pool.num_cpus,
             num_gpus=pool.num_gpus,
-            **_bounded_retries(),
         )
     return dataset
 
 
-def run_groups(run: GroupRun, config: Config, plan: Plan, board: Any, sample: bool = True, score: bool = True) -> None:
-    """Samples and scores every chunk that is not committed yet; returns when all are.
+def run_groups(run: GroupRun, config: Config, plan: Plan, board: Any, sample: bool = True, score: bool = True) -> str | None:
+    """Samples and scores every chunk that is not committed yet, phase after phase; returns when all are, or the budget is used up.
 
     Args:
         sample: whether chunks without candidates are sampled.
         score: whether sampled chunks are scored.
 
+    Returns:
+        Why sampling ended before the last chunk, or None.
+
     Raises:
-        ClusterError: a pool failed for good; what was committed stays, so the run can be resumed.
+        ClusterError: a pool failed for good, nothing moved, or too much failed; what was committed stays, so the run can be resumed.
         ResumeError: chunks are missing at the end.
     """
-    if sample and score and plan.mode == "phased":
-        run_groups(run, config, plan, board, score=False)
-        run_groups(run, config, plan, board, sample=False)
-        return
-    chunks = run.chunks()
-    sampled = run.ledger.done(run.sample_stage)
-    done = run.ledger.done(run.score_stage) if score else sampled
-    todo = [c for c in chunks if c not in done and (sample or c in sampled)]
-    sizes = {c: run.prompts.read_table(f"{chunk_name(c)}.parquet", ["prompt_id"]).num_rows for c in chunks}
-    total = sum(sizes.values())
     import ray
 
-    if sample:
-        ray.get(board.begin.remote(run.sample_stage, "prompts", total, sum(sizes[c] for c in chunks if c in sampled)))
-    if score:
-        ray.get(board.begin.remote(run.score_stage, "prompts", total, sum(sizes[c] for c in chunks if c in done)))
-    if todo:
-        _execute(run, config, plan, board, todo, sampled, sample, score)
-    committed = run.ledger.done(run.score_stage if score else run.sample_stage)
-    missing = [c for c in chunks if c not in committed]
+    sizes = run.sizes()
+    ended = budget_end(run, config)  # before this session; what is sampled may still have to be scored
+    before = committed(run) if _is_limited(run, config) else (0, 0)
+    ray.get(board.bound.remote(config.budget if _is_limited(run, config) else None, run.sample_stage, run.score_stage, *before))
+    if run.policy.max_candidates is not None:  # rewards decide how many candidates there are, so the two stages are one
+        sample = score = True
+        if len(plan.phases) > 1:
+            raise ClusterError(
+                f"generation.max_candidates needs all pools at once, but {plan.mode_reason}; remove it or add resources"
+            )
+    if not sample and ended is None:
+        unsampled = set(sizes) - run.ledger.done(run.sample_stage)
+        if unsampled:
+            raise ResumeError(
+                f"{len(unsampled)} of {len(sizes)} chunks are not sampled (first: {min(unsampled)}); run `rc-ray sample` first"
+            )
+    last = list(config.rewards)[-1]
+    for pools in plan.phases:
+        objectives = [name for name in pools if name != GENERATION and score]
+        stage = run.score_stage if last in objectives else f"{run.score_stage}_{objectives[-1]}" if objectives else None
+        _run_phase(run, config, plan, board, sizes, sample and GENERATION in pools, objectives, stage)
+    why: str | None = ray.get(board.sampling_ended.remote())
+    return why
+
+
+def _run_phase(
+    run: GroupRun, config: Config, plan: Plan, board: Any, sizes: dict[int, int], sample: bool, objectives: list[str],
+    score_stage: str | None,
+) -> None:  # fmt: skip
+    """Runs generation and/or the rewards of some objectives for all chunks.
+
+    Args:
+        sizes: prompts per chunk.
+        score_stage: under which the rewards are committed; None without objectives.
+    """
+    import ray
+
+    sampled = run.ledger.done(run.sample_stage)
+    finished = score_stage or run.sample_stage
+    done = run.ledger.done(finished)
+    ended = ray.get(board.sampling_ended.remote()) is not None
+    todo = [c for c in sizes if c not in done and (c in sampled or (sample and not ended))]
+    for stage in (run.sample_stage if sample else None, score_stage):
+        if stage is not None:
+            before = sum(sizes[c] for c in run.ledger.done(stage))
+            ray.get(board.begin.remote(stage, "prompts", sum(sizes.values()), before))
+    if not todo:
+        return
+    scored = {name: run.ledger.done(f"{run.score_stage}_{name}") for name in config.rewards}
+    items = [{CHUNK: c, SAMPLED: c in sampled, SCORED: [n for n, of in scored.items() if c in of]} for c in todo]
+    small: dict[str, Any] = {"batch_format": "pyarrow", "num_cpus": plan.task_cpus}
+    dataset = ray.data.from_arrow([pa.Table.from_pylist([item], schema=ITEM) for item in items]).map_batches(
+        actors.load_chunk, batch_size=1, fn_kwargs={"prompts": run.prompts, "groups": run.groups}, **small
+    )
+    commit = {"ledger": run.ledger, "prompts": run.prompts, "groups": run.groups, "board": board}
+    adaptive = None
+    if run.policy.max_candidates is not None:
+        assert score_stage is not None
+        scorers = start_scorers(config, plan, board, score_stage)
+        adaptive = {"scorers": scorers, "selection": config.selection, "score_stage": score_stage}
+    if sample and (adaptive or any(c not in sampled for c in todo)):
+        dataset = attach_generation(dataset, run.policy, config, plan, board, run.sample_stage, adaptive)
+        kwargs = {**commit, "stage": run.sample_stage, "skip_sampled": True, "selection": None}
+        dataset = dataset.map_batches(actors.commit_groups, batch_size=None, fn_kwargs=kwargs, **small)
+    if score_stage is not None:
+        if adaptive is None:
+            dataset = attach_rewards(dataset, config, plan, board, score_stage, objectives, keep_scored=True)
+        selection = config.selection if score_stage == run.score_stage else None
+        kwargs = {**commit, "stage": score_stage, "skip_sampled": False, "selection": selection}
+        dataset = dataset.map_batches(actors.commit_groups, batch_size=None, fn_kwargs=kwargs, **small)
+    _execute(dataset.select_columns([CHUNK]), run, config, board, finished)
+    # Without the budget's end, all chunks; with it, those that were sampled.
+    ended = ray.get(board.sampling_ended.remote()) is not None
+    missing = (run.ledger.done(run.sample_stage) if ended else set(sizes)) - run.ledger.done(finished)
     if missing:
-        raise ResumeError(
-            f"{len(missing)} of {len(chunks)} chunks are not {'scored' if score else 'sampled'} (first: {missing[0]}); "
-            "run `rc-ray sample` first"
-            if not sample
-            else f"{len(missing)} of {len(chunks)} chunks were not committed; run again to resume"
-        )
+        raise ResumeError(f"{len(missing)} of {len(sizes)} chunks were not committed by {finished}; run again to resume")
 
 
-def _execute(
-    run: GroupRun, config: Config, plan: Plan, board: Any, todo: list[int], sampled: set[int], sample: bool, score: bool
-) -> None:
+def _execute(dataset: Dataset, run: GroupRun, config: Config, board: Any, stage: str) -> None:
     import ray
     from ray.exceptions import RayError
 
-    items = [{CHUNK: c, SAMPLED: c in sampled} for c in todo]
-    small: dict[str, Any] = {"batch_format": "pyarrow", "num_cpus": plan.task_cpus}
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        actors.load_chunk, batch_size=1, fn_kwargs={"prompts": run.prompts, "groups": run.groups}, **small
-    )
-    commit = {"ledger": run.ledger, "prompts": run.prompts, "groups": run.groups}
-    if sample and any(c not in sampled for c in todo):
-        dataset = attach_generation(dataset, run.policy, plan, board, run.sample_stage)
-        dataset = dataset.map_batches(
-            actors.commit_groups,
-            batch_size=None,
-            fn_kwargs={**commit, "stage": run.sample_stage, "skip_sampled": True},
-            **small,
-        )
-    if score:
-        dataset = attach_rewards(dataset, config, plan, board, run.score_stage)
-        dataset = dataset.map_batches(
-            actors.commit_groups,
-            batch_size=None,
-            fn_kwargs={**commit, "stage": run.score_stage, "skip_sampled": False},
-            **small,
-        )
     try:
-        for _ in dataset.select_columns([CHUNK]).iter_internal_ref_bundles():
+        for _ in guard(dataset, board, config.cluster).iter_internal_ref_bundles():
             pass
+        stages, errors = ray.get(board.state.remote())
+        check_failed(stages, errors, config.cluster.max_failed_fraction)
+    except TooManyFailedError:
+        for name in (run.sample_stage, stage):
+            for chunk, counts in run.ledger.counts(name):
+                if counts["failed"]:
+                    run.ledger.give_back(name, chunk)
+        raise
     except RayError as error:
         raise ClusterError(
-            f"stage {run.score_stage if score else run.sample_stage} failed: {innermost(error)}\n"
+            f"stage {stage} failed: {innermost(error)}\n"
             "What was committed is kept; mend the cause and run the same command again to resume."
         ) from error
+
+
+def committed(run: GroupRun) -> tuple[int, int]:
+    """Prompts with a pair, and tokens, in what is committed."""
+    return int(run.ledger.totals(run.score_stage).get("paired", 0)), int(run.ledger.totals(run.sample_stage).get("tokens", 0))
+
+
+def budget_end(run: GroupRun, config: Config) -> str | None:
+    """Why no more may be sampled, by what is committed; None when more may or the budget does not count."""
+    return exhausted(config.budget, *committed(run)) if _is_limited(run, config) else None
+
+
+def _is_limited(run: GroupRun, config: Config) -> bool:
+    """Whether a budget counts. Without one, the commit records need not be read."""
+    return run.bounded and config.budget != BudgetConfig()
 
 
 def innermost(error: BaseException) -> str:

@@ -42,12 +42,13 @@ class Pool:
 
 @dataclass(frozen=True)
 class Plan:
-    """All pools, the mode, and why."""
+    """All pools, the mode, and why. `phases`: names of the pools that run at the same time, phase after phase."""
 
     generation: Pool
     rewards: dict[str, Pool]
     mode: str
     mode_reason: str
+    phases: list[list[str]]
     task_cpus: float
     train_cpus: float
     train_gpus: float
@@ -71,27 +72,32 @@ def make_plan(config: Config, cpus: float, gpus: float, num_nodes: int = 1) -> P
     for name, reward in config.rewards.items():
         is_rule = isinstance(reward, RuleReward)
         pools[name] = _pool(name, reward.pool, 0.0 if is_rule or not gpus else 1.0, RULE_CPUS if is_rule else CLASSIFIER_CPUS)
-    rewards = {name: pools[name] for name in config.rewards}
-    task_cpus = config.cluster.task_cpus
-
-    mode, reason = "streaming", "all pools fit at once, so scoring overlaps generation"
-    gpus_needed = sum(p.total_gpus for p in pools.values())
-    if config.cluster.mode != "auto":
-        mode, reason = config.cluster.mode, "set in the configuration"
-    elif gpus_needed > gpus:
-        mode, reason = (
-            "phased",
-            f"the pools need {gpus_needed:g} GPUs at once and the cluster has {gpus:g}; generation first, scoring after",
-        )
-    phases = [[pools[GENERATION], *rewards.values()]] if mode == "streaming" else [[pools[GENERATION]], list(rewards.values())]
-    for phase in phases:
-        needed = sum(p.total_gpus for p in phase)
-        if needed > gpus:
-            raise ClusterError(
-                f"{' + '.join(p.name for p in phase)} need {needed:g} GPUs at once and the cluster has {gpus:g}; lower "
-                "generation.pool.size or rewards.<name>.pool.num_gpus (fractions share a GPU), or add GPUs"
-            )
-        task_cpus = min(task_cpus, _fit_tickets(config, phase, pools, cpus))
+    rewards = list(config.rewards)
+    ways = {
+        "streaming": [[GENERATION, *rewards]],
+        "phased": [[GENERATION], rewards],
+        "one by one": [[GENERATION], *([name] for name in rewards)],
+    }
+    if config.cluster.mode == "streaming":
+        del ways["phased"], ways["one by one"]
+    elif config.cluster.mode == "phased":
+        del ways["streaming"]
+    refused = ""
+    for way, phases in ways.items():
+        try:
+            pools, task_cpus = _fit(config, phases, pools, cpus, gpus)
+            break
+        except ClusterError as error:
+            refused = refused or str(error)
+            if way == list(ways)[-1]:
+                raise
+    if refused:
+        after = "scoring after" if way == "phased" else "then one reward after the other"
+        reason = f"{refused.partition(';')[0]}; generation first, {after}"
+    elif config.cluster.mode != "auto":
+        reason = "set in the configuration"
+    else:
+        reason = "all pools fit at once, so scoring overlaps generation"
     training = config.training
     train_gpus = training.num_gpus_per_worker if training.num_gpus_per_worker is not None else (1.0 if gpus else 0.0)
     train_cpus = training.num_cpus_per_worker
@@ -105,8 +111,9 @@ def make_plan(config: Config, cpus: float, gpus: float, num_nodes: int = 1) -> P
     return Plan(
         generation=pools[GENERATION],
         rewards={name: pools[name] for name in config.rewards},
-        mode=mode,
+        mode="streaming" if way == "streaming" else "phased",
         mode_reason=reason,
+        phases=phases,
         task_cpus=task_cpus,
         train_cpus=train_cpus,
         train_gpus=train_gpus,
@@ -114,31 +121,47 @@ def make_plan(config: Config, cpus: float, gpus: float, num_nodes: int = 1) -> P
     )
 
 
-def _fit_tickets(config: Config, phase: list[Pool], pools: dict[str, Pool], cpus: float) -> float:
-    """Cuts the CPU tickets of a phase to what the cluster has, in `pools`; returns those of a small task.
+def _fit(
+    config: Config, phases: list[list[str]], pools: dict[str, Pool], cpus: float, gpus: float
+) -> tuple[dict[str, Pool], float]:
+    """Pools with CPU tickets cut to what the cluster has, and the tickets of a small task.
 
     Tickets only order the work, so smaller ones cost nothing. Those that the user has set are kept.
+
+    Raises:
+        ClusterError: the pools of a phase cannot run at the same time.
     """
-    fixed = sum(p.total_cpus for p in phase if _configured(config, p.name).num_cpus is not None)
-    flexible = sum(p.total_cpus for p in phase) - fixed
-    task_cpus = config.cluster.task_cpus
+    pools, task_cpus = dict(pools), config.cluster.task_cpus
     task_is_fixed = "task_cpus" in config.cluster.model_fields_set
-    # One reader and one writer run beside the pools.
-    fixed, flexible = (fixed + 2 * task_cpus, flexible) if task_is_fixed else (fixed, flexible + 2 * task_cpus)
-    if fixed + flexible <= cpus:
-        return task_cpus
-    free = cpus * 0.95 - fixed
-    if free <= 0 or flexible == 0:
-        raise ClusterError(
-            f"{' + '.join(p.name for p in phase)}, a reader and a writer need {fixed + flexible:g} CPUs at once, {fixed:g} of them as "
-            f"configured, and the cluster has {cpus:g}; lower pool.num_cpus or pool.size, or start it with more (logical) CPUs"
-        )
-    factor = free / flexible
-    for p in phase:
-        if _configured(config, p.name).num_cpus is None:
-            reason = f"{p.reason}; CPU tickets cut to fit {cpus:g} CPUs"
-            pools[p.name] = Pool(p.name, p.size, _floor(p.num_cpus * factor), p.num_gpus, reason)
-    return task_cpus if task_is_fixed else _floor(task_cpus * factor)
+    for phase in phases:
+        names = " + ".join(phase)
+        needed = sum(pools[name].total_gpus for name in phase)
+        if needed > gpus:
+            raise ClusterError(
+                f"{names} need {needed:g} GPUs at once and the cluster has {gpus:g}; lower generation.pool.size or "
+                "rewards.<name>.pool.num_gpus (fractions share a GPU), or add GPUs"
+            )
+        ours = [name for name in phase if _configured(config, name).num_cpus is None]
+        flexible = sum(pools[name].total_cpus for name in ours)
+        fixed = sum(pools[name].total_cpus for name in phase) - flexible
+        # One reader and one writer run beside the pools.
+        tasks = 2 * config.cluster.task_cpus
+        fixed, flexible = (fixed + tasks, flexible) if task_is_fixed else (fixed, flexible + tasks)
+        if fixed + flexible <= cpus:
+            continue
+        free = cpus * 0.95 - fixed
+        if free <= 0 or flexible == 0:
+            raise ClusterError(
+                f"{names}, a reader and a writer need {fixed + flexible:g} CPUs at once, {fixed:g} of them as configured, and the "
+                f"cluster has {cpus:g}; lower pool.num_cpus or pool.size, or start it with more (logical) CPUs"
+            )
+        for name in ours:
+            pool = pools[name]
+            reason = f"{pool.reason}; CPU tickets cut to fit {cpus:g} CPUs"
+            pools[name] = Pool(name, pool.size, _floor(pool.num_cpus * free / flexible), pool.num_gpus, reason)
+        if not task_is_fixed:
+            task_cpus = min(task_cpus, _floor(config.cluster.task_cpus * free / flexible))
+    return pools, task_cpus
 
 
 def _floor(cpus: float) -> float:

@@ -13,6 +13,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from rc_ray.config import BudgetConfig
+from rc_ray.pipeline.attempts import AttemptBook
+from rc_ray.pipeline.budget import exhausted
+
 FLUSH_INTERVAL_S = 1.0
 
 
@@ -26,6 +30,8 @@ class StageProgress:
     done: int = 0
     resumed: int = 0
     tokens: int = 0
+    failed: int = 0
+    paired: int = 0
     started_s: float = 0.0
     ready_s: float = 0.0
     updated_s: float = 0.0
@@ -38,6 +44,8 @@ class StageProgress:
         fresh = self.done - self.resumed
         if self.tokens:
             parts.append(f"{self.tokens / elapsed:.0f} tok/s")
+        if self.failed:
+            parts.append(f"{self.failed} failed")
         if self.done >= self.total:
             parts.append(f"done in {duration(self.updated_s - self.started_s)}" if fresh else "nothing left to do")
         elif fresh > 0:
@@ -57,24 +65,28 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
 
 
-class ProgressBoard:
-    """The counts of all stages. Runs as a Ray actor; pure Python, so it is tested without Ray."""
+class ProgressBoard(AttemptBook):
+    """The counts of all stages, and the book of attempts. Runs as a Ray actor; pure Python, so it is tested without Ray."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._stages: dict[str, StageProgress] = {}
+        self._errors: dict[str, str] = {}
+        self._bound: tuple[BudgetConfig, str, str, int, int] | None = None
 
     def begin(self, name: str, unit: str, total: int, resumed: int = 0) -> None:
         """Opens a stage of which `resumed` units were done before."""
         now = time.monotonic()
-        self._stages[name] = StageProgress(name, unit, total, resumed, resumed, 0, now, now, now)
+        self._stages[name] = StageProgress(name, unit, total, resumed, resumed, started_s=now, ready_s=now, updated_s=now)
 
-    def advance(self, name: str, done: int, tokens: int) -> None:
-        """Adds finished units and tokens."""
+    def advance(self, name: str, done: int, tokens: int, failed: int = 0) -> None:
+        """Adds finished units, those of them that failed, and tokens."""
         stage = self._stages.get(name)
         if stage is not None:
             # A retried chunk reports again; the total is the most that can be done.
             stage.done = min(stage.done + done, stage.total)
             stage.tokens += tokens
+            stage.failed += failed
             stage.updated_s = time.monotonic()
 
     def ready(self, name: str) -> None:
@@ -82,6 +94,32 @@ class ProgressBoard:
         stage = self._stages.get(name)
         if stage is not None and stage.ready_s == stage.started_s:
             stage.ready_s = time.monotonic()
+
+    def found_pairs(self, name: str, paired: int) -> None:
+        """Adds prompts with a pair that a stage has committed."""
+        stage = self._stages.get(name)
+        if stage is not None:
+            stage.paired += paired
+
+    def bound(self, budget: BudgetConfig | None, sample_stage: str, score_stage: str, paired: int, tokens: int) -> None:
+        """Sets what ends the sampling of a stage, and how much of it was used before; None: nothing does."""
+        self._bound = None if budget is None else (budget, sample_stage, score_stage, paired, tokens)
+
+    def sampling_ended(self) -> str | None:
+        """Why no further block is to be sampled, or None."""
+        if self._bound is None:
+            return None
+        budget, sample_stage, score_stage, paired, tokens = self._bound
+        sampled, scored = self._stages.get(sample_stage), self._stages.get(score_stage)
+        return exhausted(budget, paired + (scored.paired if scored else 0), tokens + (sampled.tokens if sampled else 0))
+
+    def error(self, name: str, text: str) -> None:
+        """Keeps the last error of a stage's workers."""
+        self._errors[name] = text
+
+    def state(self) -> tuple[dict[str, StageProgress], dict[str, str]]:
+        """The counts of every stage, which grow as long as anything moves, and the last error per stage."""
+        return dict(self._stages), dict(self._errors)
 
     def lines(self) -> dict[str, str]:
         """The current line of every stage."""
@@ -94,7 +132,7 @@ class Reporter:
     def __init__(self, board: Any | None, stage: str) -> None:
         self._board, self._stage = board, stage
         self._lock = threading.Lock()
-        self._done = self._tokens = 0
+        self._done = self._tokens = self._failed = 0
         self._sent_s = 0.0
 
     def ready(self) -> None:
@@ -102,13 +140,31 @@ class Reporter:
         if self._board is not None:
             self._board.ready.remote(self._stage)
 
-    def add(self, done: int = 0, tokens: int = 0) -> None:
+    def add(self, done: int = 0, tokens: int = 0, failed: int = 0) -> None:
         """Counts work."""
         with self._lock:
             self._done += done
             self._tokens += tokens
+            self._failed += failed
             if time.monotonic() - self._sent_s >= FLUSH_INTERVAL_S:
                 self._send()
+
+    def sampling_ended(self) -> bool:
+        """Whether the budget is used up."""
+        if self._board is None:
+            return False
+        import ray
+
+        return ray.get(self._board.sampling_ended.remote()) is not None
+
+    def error(self, text: str, leaving: bool = False) -> None:
+        """Sends an error at once; waits until it is there when this process is about to end."""
+        if self._board is not None:
+            sent = self._board.error.remote(self._stage, text)
+            if leaving:
+                import ray
+
+                ray.wait([sent], timeout=5)
 
     def flush(self) -> None:
         """Sends what has been counted."""
@@ -117,9 +173,16 @@ class Reporter:
 
     def _send(self) -> None:
         if self._board is not None and (self._done or self._tokens):
-            self._board.advance.remote(self._stage, self._done, self._tokens)
-            self._done = self._tokens = 0
+            self._board.advance.remote(self._stage, self._done, self._tokens, self._failed)
+            self._done = self._tokens = self._failed = 0
             self._sent_s = time.monotonic()
+
+
+def start_board() -> Any:
+    """The board's actor on the connected cluster; it lives as long as a handle of it."""
+    import ray
+
+    return ray.remote(num_cpus=0)(ProgressBoard).remote()  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -127,7 +190,7 @@ def live_progress(interval_s: float, emit: Callable[[str], None]) -> Iterator[An
     """Starts the board on the connected cluster and a thread that prints it; yields the board's actor handle."""
     import ray
 
-    board = ray.remote(num_cpus=0)(ProgressBoard).remote()  # type: ignore[attr-defined]
+    board = start_board()
     stop = threading.Event()
     shown: dict[str, str] = {}
 

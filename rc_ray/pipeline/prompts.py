@@ -282,7 +282,7 @@ def write_chunks(
         excluded: ids that are left out as `in_training_prompts`.
 
     Returns:
-        `rows`, `prompts`, `chunks` and `drops` (count per reason).
+        `rows`, `prompts`, `chunks`, `chunk_size` (all chunks but the last have it) and `drops` (count per reason).
     """
     seen: dict[str, int] = {}
     dropped: list[dict[str, str]] = []
@@ -316,4 +316,10 @@ def write_chunks(
         dropped.append({"prompt_id": identity, "reason": reason, "stage": STAGE, "detail": f"row {row + 1}: {detail}"})
     flush()
     drops.write_table("prompts.parquet", pa.Table.from_pylist(dropped, schema=schemas.DROP))
-    return {"rows": num_rows, "prompts": len(seen), "chunks": num_chunks, "drops": dict(Counter(d["reason"] for d in dropped))}
+    return {
+        "rows": num_rows,
+        "prompts": len(seen),
+        "chunks": num_chunks,
+        "chunk_size": chunk_size,
+        "drops": dict(Counter(d["reason"] for d in dropped)),
+    }

@@ -16,6 +16,7 @@ from typing import Any
 
 from rc_ray.config import Config, fingerprint, load_config
 from rc_ray.core.statistics import Interval
+from rc_ray.errors import ResumeError
 from rc_ray.evaluation.compare import Comparison, ObjectiveComparison
 from rc_ray.ledger import rundir
 from rc_ray.ledger.lock import DriverLock
@@ -56,7 +57,8 @@ class RunResult:
         identity = self.metrics["identity"]
         shown = [
             f"run directory  {self.run_dir}",
-            f"identity       {identity['prompts']} prompts = {identity['paired']} paired + {identity['dropped']} dropped",
+            f"identity       {identity['prompts']} prompts = {identity['paired']} paired + {identity['dropped']} dropped"
+            + (f" + {identity['not_sampled']} not sampled" if identity["not_sampled"] else ""),
         ]
         shown += [f"    {count:6d}  {reason}" for reason, count in sorted(identity["drops"].items(), key=lambda i: -i[1])]
         if "evaluation" in self.metrics:
@@ -100,10 +102,18 @@ def run(
     with DriverLock(Folder.at(resolved.output), emit):
         run_dir = stages.prepare(resolved, hashes, emit)
         todo = pending(resolved, run_dir, only)
+        ended = stages.ended_early(resolved, run_dir)
         if todo:
             emit(f"rc_ray    to do: {', '.join(todo)}")
-            _run_pending(resolved, run_dir, todo, emit)
-        else:
+            ended = _run_pending(resolved, run_dir, todo, emit) or ended
+        if only in (None, "sample", "score") and run_dir.manifest().get("ended") != ended:
+            run_dir.update_manifest(ended=ended)
+        if ended is not None:
+            emit(
+                f"budget    {ended}; the other prompts are not sampled. Go on with a larger budget, or train on what there is: "
+                f"rc-ray train {run_dir.root.uri}"
+            )
+        elif not todo:
             emit("rc_ray    every stage is finished: 0 tokens generated, 0 steps trained")
         if only not in (None, "report"):
             emit(f"rc_ray    {only} finished in {duration(time.monotonic() - started)}")
@@ -123,19 +133,28 @@ def run_stage(run_directory: str, stage: str, emit: stages.Emit = print) -> RunR
 
 def pending(config: Config, run_dir: RunDir, only: str | None) -> list[str]:
     """Stages with work left, in order; `only` narrows them to one."""
-    groups = stages.training_groups(config, run_dir)
-    ledger = run_dir.ledger
+    groups, ledger = stages.training_groups(config, run_dir), run_dir.ledger
+    ended = stages.ended_early(config, run_dir) is not None
+    reached = {stage: ledger.done(stage) for stage in (stages.SAMPLE, stages.SCORE, stages.SELECT)}
+    chunks = reached[stages.SAMPLE] if ended else set(groups.chunks())
+    goes_on = not ended or only is not None
     left = {
-        "sample": not stages.is_done(groups, stages.SAMPLE),
-        "score": not stages.is_done(groups, stages.SCORE),
-        "select": not stages.is_done(groups, stages.SELECT),
-        "train": config.training.enabled and not ledger.is_finished(stages.TRAIN),
-        "evaluate": stages.evaluates(config) and not ledger.is_finished(stages.EVALUATE),
+        "sample": not ended and not reached[stages.SAMPLE] >= chunks,
+        "score": not reached[stages.SCORE] >= chunks,
+        "select": not reached[stages.SELECT] >= chunks,
+        "train": goes_on and config.training.enabled and not ledger.is_finished(stages.TRAIN),
+        "evaluate": goes_on and stages.evaluates(config) and not ledger.is_finished(stages.EVALUATE),
     }
+    if left["sample"] and ledger.is_finished(stages.TRAIN):
+        raise ResumeError(
+            f"output = {run_dir.root.uri!r}: the policy in model/ was trained on the pairs of the prompts sampled so far, and sampling the "
+            "others would change them; give another output"
+        )
     return [stage for stage in STAGES if left.get(stage) and only in (None, stage)]
 
 
-def _run_pending(config: Config, run_dir: RunDir, todo: list[str], emit: stages.Emit) -> None:
+def _run_pending(config: Config, run_dir: RunDir, todo: list[str], emit: stages.Emit) -> str | None:
+    """Runs the stages; returns why sampling ended before the last prompt, if it did."""
     from rc_ray.pipeline.cluster import connected
     from rc_ray.pipeline.progress import live_progress
 
@@ -148,12 +167,18 @@ def _run_pending(config: Config, run_dir: RunDir, todo: list[str], emit: stages.
             emit(f"pool      {line}")
         with live_progress(config.cluster.progress_interval_s, emit) as board:
             session = stages.Session(plan, board, emit)
+            ended = None
             if "sample" in todo or "score" in todo:
-                stages.sample_and_score(config, run_dir, session, "sample" in todo, "score" in todo)
+                ended = stages.sample_and_score(config, run_dir, session, "sample" in todo, "score" in todo)
             if "select" in todo:
-                stages.select(config, run_dir, session)
+                stages.select(config, run_dir, session, ended)
+            if ended is not None:
+                return ended
             if "train" in todo:
-                stages.identity(run_dir)
+                left = stages.identity(run_dir)["not_sampled"]
+                if left and not run_dir.manifest().get("ended"):
+                    raise ResumeError(f"{left} prompts are not sampled yet; run `rc-ray run {run_dir.root.uri}` first")
                 stages.train(config, run_dir, session)
             if "evaluate" in todo:
                 stages.evaluate(config, run_dir, session)
+    return None

@@ -28,6 +28,7 @@ from rc_ray.ledger.lock import DriverLock
 from rc_ray.ledger.storage import Folder
 from rc_ray.pipeline.run import ConfigSource
 from rc_ray.pipeline.scored_files import ScoredSource
+from rc_ray.pipeline.stages import fitted_of
 
 STAGE = "select"
 MANIFEST = "manifest.json"
@@ -199,7 +200,7 @@ def report_of_run(source: ConfigSource, overrides: Iterable[str] = (), emit: Cal
     """The report on the candidates of a run directory whose selection is finished; written to its report/selection.json."""
     config = load_config(source, overrides)
     run = rundir.open_existing(config.output)
-    fitted = Fitted(**run.manifest()["selection"])
+    fitted = fitted_of(run)
     candidates = ScoredSource.open(run.candidates.uri)
     report = _build(candidates, config.selection, fitted, candidates.rows_per_table)
     run.report.write_json("selection.json", report.as_dict())

@@ -22,6 +22,7 @@ from rc_ray.core.selection import needs_fit, select_pairs, summarize
 from rc_ray.errors import DataError, ResumeError
 from rc_ray.evaluation.compare import compare
 from rc_ray.evaluation.report import write_report
+from rc_ray.generation.arguments import check_engine_arguments
 from rc_ray.ledger import rundir
 from rc_ray.ledger.ledger import Ledger, chunk_name
 from rc_ray.ledger.rundir import RunDir
@@ -29,7 +30,7 @@ from rc_ray.models import embedded
 from rc_ray.models.identity import model_identity
 from rc_ray.models.resolve import check_model, local_model, max_context
 from rc_ray.pipeline import prompts as sources
-from rc_ray.pipeline.graph import GroupRun, policy_of, run_groups
+from rc_ray.pipeline.graph import GroupRun, budget_end, policy_of, run_groups
 from rc_ray.pipeline.plan import Plan
 from rc_ray.rewards.rule import load_function
 
@@ -55,6 +56,7 @@ def check(config: Config) -> dict[str, str]:
     Raises:
         DataError, ModelError, ConfigError, ResumeError: the first thing that is wrong.
     """
+    check_engine_arguments(config.generation.engine)
     hashes = {PROMPTS: sources.check_source("prompts", config.prompts)}
     if config.evaluation.prompts is not None:
         hashes[EVAL_PROMPTS] = sources.check_source("evaluation.prompts", config.evaluation.prompts)
@@ -151,7 +153,7 @@ def pin_models(config: Config, run: RunDir) -> None:
 
 def training_groups(config: Config, run: RunDir) -> GroupRun:
     """The main sampling of a run."""
-    return GroupRun(policy_of(config), run.prompts, run.candidates, run.ledger, SAMPLE, SCORE)
+    return GroupRun(policy_of(config), run.prompts, run.candidates, run.ledger, PROMPTS, SAMPLE, SCORE, bounded=True)
 
 
 def evaluation_groups(config: Config, run: RunDir) -> dict[str, GroupRun]:
@@ -159,7 +161,9 @@ def evaluation_groups(config: Config, run: RunDir) -> dict[str, GroupRun]:
     number = config.evaluation.num_samples
     policies = {"before": policy_of(config, None, number), "after": policy_of(config, run.model.uri, number)}
     return {
-        side: GroupRun(policies[side], run.eval_prompts, run.report / side, run.ledger, f"sample_{side}", f"score_{side}")
+        side: GroupRun(
+            policies[side], run.eval_prompts, run.report / side, run.ledger, EVAL_PROMPTS, f"sample_{side}", f"score_{side}"
+        )
         for side in SIDES
     }
 
@@ -169,13 +173,15 @@ def is_done(run: GroupRun, stage: str) -> bool:
     return run.ledger.done(stage) >= set(run.chunks())
 
 
-def sample_and_score(config: Config, run: RunDir, session: Session | None, sample: bool = True, score: bool = True) -> None:
-    """Samples and scores what is not committed yet."""
+def sample_and_score(
+    config: Config, run: RunDir, session: Session | None, sample: bool = True, score: bool = True
+) -> str | None:
+    """Samples and scores what is not committed yet; returns why sampling ended early, if it did."""
     groups = training_groups(config, run)
     if is_done(groups, SCORE if score else SAMPLE):
-        return
+        return None
     assert session is not None
-    run_groups(groups, config, session.plan, session.board, sample, score)
+    return run_groups(groups, config, session.plan, session.board, sample, score)
 
 
 def select_chunk(items: pa.Table, run: RunDir, config: Config, fitted: Fitted) -> pa.Table:
@@ -194,17 +200,39 @@ def summarize_chunk(items: pa.Table, run: RunDir, config: Config) -> pa.Table:
     return pa.table({"summary": [summary.to_bytes()]})
 
 
-def select(config: Config, run: RunDir, session: Session | None) -> None:
-    """Applies RC to every scored chunk as a distributed map."""
+def groups_in(config: Config, run: RunDir) -> dict[int, int]:
+    """Prompts per chunk of the training prompts."""
+    return training_groups(config, run).sizes()
+
+
+def fitted_of(run: RunDir) -> Fitted:
+    """The numbers about the data that selection has recorded."""
+    known = {key: value for key, value in run.manifest()["selection"].items() if key != "chunks"}
+    return Fitted(**known)
+
+
+def ended_early(config: Config, run: RunDir) -> str | None:
+    """Why no more prompts may be sampled although there are some, or None."""
     groups = training_groups(config, run)
-    done = run.ledger.done(SELECT)
-    todo = [c for c in groups.chunks() if c not in done]
+    return None if is_done(groups, SAMPLE) else budget_end(groups, config)
+
+
+def select(config: Config, run: RunDir, session: Session | None, ended: str | None = None) -> None:
+    """Applies RC to every scored chunk as a distributed map.
+
+    Args:
+        ended: why not all chunks are scored, if it is not by mistake.
+
+    Raises:
+        ResumeError: chunks are not scored.
+    """
+    unscored = set(groups_in(config, run)) - run.ledger.done(SCORE)
+    if unscored and ended is None and ended_early(config, run) is None:
+        raise ResumeError(f"{len(unscored)} chunks are not scored yet; run `rc-ray score {run.root.uri}` first")
+    todo = sorted(run.ledger.done(SCORE) - run.ledger.done(SELECT))
     if not todo:
         return
     assert session is not None
-    unscored = set(groups.chunks()) - run.ledger.done(SCORE)
-    if unscored:
-        raise ResumeError(f"{len(unscored)} chunks are not scored yet; run `rc-ray score {run.root.uri}` first")
     import ray
 
     small: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": 1, "num_cpus": session.plan.task_cpus}
@@ -212,18 +240,23 @@ def select(config: Config, run: RunDir, session: Session | None) -> None:
     def chunked(chunks: list[int]) -> Any:
         return ray.data.from_items([{"chunk": c} for c in chunks], override_num_blocks=len(chunks))
 
-    total = run.ledger.facts(PROMPTS)["prompts"]
-    ray.get(session.board.begin.remote(SELECT, "prompts", total, int(sum(run.ledger.totals(SELECT).values()))))
+    scored = sorted(run.ledger.done(SCORE))
     known = run.manifest().get("selection")
-    if known is not None:
-        fitted = Fitted(**known)
-    elif needs_fit(config.selection):
-        summaries = chunked(groups.chunks()).map_batches(summarize_chunk, fn_kwargs={"run": run, "config": config}, **small)
-        first, *others = (Summary.from_bytes(row["summary"]) for row in summaries.iter_rows())
-        fitted = fit(sum(others, first), config.selection)
+    if known is None or known["chunks"] != len(scored):
+        # The numbers about all the data are of all there is now; pairs that an ended budget had selected from less are selected again.
+        for chunk in run.ledger.done(SELECT):
+            run.ledger.give_back(SELECT, chunk)
+        todo, fitted = scored, Fitted()
+        if needs_fit(config.selection):
+            summaries = chunked(scored).map_batches(summarize_chunk, fn_kwargs={"run": run, "config": config}, **small)
+            first, *others = (Summary.from_bytes(row["summary"]) for row in summaries.iter_rows())
+            fitted = fit(sum(others, first), config.selection)
+        run.update_manifest(selection={**fitted.as_dict(), "chunks": len(scored)})
     else:
-        fitted = Fitted()
-    run.update_manifest(selection=fitted.as_dict())
+        fitted = fitted_of(run)
+    sizes = groups_in(config, run)
+    done = sum(sizes[c] for c in scored if c not in todo)
+    ray.get(session.board.begin.remote(SELECT, "prompts", sum(sizes[c] for c in scored), done))
     dataset = chunked(todo).map_batches(select_chunk, fn_kwargs={"run": run, "config": config, "fitted": fitted}, **small)
     for row in dataset.iter_rows():
         session.board.advance.remote(SELECT, row["groups"], 0)
@@ -235,17 +268,21 @@ def identity(run: RunDir) -> dict[str, Any]:
     Raises:
         ResumeError: they do not; a prompt is lost or there twice.
     """
-    rows = run.ledger.facts(PROMPTS)["rows"]
+    facts, selected = run.ledger.facts(PROMPTS), run.ledger.done(SELECT)
+    rows, size = facts["rows"], facts["chunk_size"]
+    unsampled = sum(min(size, facts["prompts"] - chunk * size) for chunk in range(facts["chunks"]) if chunk not in selected)
     pairs = run.pairs.read_all(schemas.pair_schema([]), ["prompt_id"])
     paired = pc.count_distinct(pairs.column("prompt_id")).as_py()
     drops = run.drops.read_all(schemas.DROP)
     reasons = dict(Counter(drops.column("reason").to_pylist()))
-    if rows != paired + drops.num_rows:
+    if rows != paired + drops.num_rows + unsampled:
         raise ResumeError(
-            f"{rows} prompts are not {paired} paired + {drops.num_rows} dropped in {run.root.uri!r}; files were added or removed "
-            "by something else; restore them or start a new run directory"
+            f"{rows} prompts are not {paired} paired + {drops.num_rows} dropped + {unsampled} not sampled in {run.root.uri!r}; files were "
+            "added or removed by something else; restore them or start a new run directory"
         )
-    return {"prompts": rows, "paired": paired, "pairs": pairs.num_rows, "dropped": drops.num_rows, "drops": reasons}
+    return {
+        "prompts": rows, "paired": paired, "pairs": pairs.num_rows, "dropped": drops.num_rows, "not_sampled": unsampled, "drops": reasons,
+    }  # fmt: skip
 
 
 def train(config: Config, run: RunDir, session: Session | None) -> None:

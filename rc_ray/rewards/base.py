@@ -43,7 +43,8 @@ class Reward(Protocol):
     """Scores a batch of (prompt, answer)."""
 
     def score(self, prompts: list[list[Message]], answers: list[str]) -> list[Score]:
-        """One score per answer; `prompts[i]` are the messages before `answers[i]`."""
+        """One score per answer; `prompts[i]` are the messages before `answers[i]`. After an error the caller asks again for one
+        prompt at a time, so that it costs that prompt only."""
 
 
 def build_reward(config: RewardConfig, on_gpu: bool, num_threads: int) -> Reward:

@@ -36,7 +36,8 @@ class ClassifierRewardModel:
         self._torch = torch
         self._device = "cuda" if on_gpu else "cpu"
         path = local_model(config.model)
-        dtype, _ = choose_dtype(config.dtype, on_gpu)
+        # Not bfloat16 on CPUs that have it: it rounds so coarsely that a reward would depend on the batch it is in.
+        dtype = "float32" if config.dtype == "auto" and not on_gpu else choose_dtype(config.dtype, on_gpu)[0]
         options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
         self.tokenizer = AutoTokenizer.from_pretrained(path, **options)
         self.model = AutoModelForSequenceClassification.from_pretrained(

@@ -42,11 +42,12 @@ class RuleRewardFunction:
         self._function = load_function(path, args)
 
     def score(self, prompts: list[list[Message]], answers: list[str]) -> list[Score]:
-        """See `Reward.score`. An exception or a wrong number of values makes the whole batch missing, with the error."""
-        try:
-            values = list(self._function(prompts, answers, **self._args))
-        except Exception as error:  # the user's code: whatever it raises is the reason of the missing score
-            return [Score(None, f"{self._path} raised {type(error).__name__}: {error}"[:300])] * len(answers)
+        """See `Reward.score`.
+
+        Raises:
+            Exception: whatever the function raises. ValueError: it returned another number of values.
+        """
+        values = list(self._function(prompts, answers, **self._args))
         if len(values) != len(answers):
-            return [Score(None, f"{self._path} returned {len(values)} values for {len(answers)} answers")] * len(answers)
+            raise ValueError(f"{self._path} returned {len(values)} values for {len(answers)} answers")
         return [Score.checked(value) for value in values]

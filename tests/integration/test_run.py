@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import time
@@ -190,8 +191,29 @@ def test_another_configuration_is_refused_and_nothing_changes(finished_run: Fini
 def test_a_lost_file_is_an_error(finished_run: FinishedRun, tmp_path: Path) -> None:
     import shutil
 
-    copy = tmp_path / "run"
-    shutil.copytree(finished_run.folder, copy)
-    next((copy / "pairs").glob("*.parquet")).unlink()
+    other = tmp_path / "run"
+    shutil.copytree(finished_run.folder, other)
+    next((other / "pairs").glob("*.parquet")).unlink()
     with pytest.raises(rc_ray.ResumeError, match="38 prompts are not"):
-        rc_ray.run({**finished_run.config, "output": str(copy)}, emit=lambda _: None)
+        rc_ray.run({**finished_run.config, "output": str(other)}, emit=lambda _: None)
+
+
+def test_three_reward_pools_on_a_cluster_with_room_for_one_run_one_after_the_other(
+    finished_run: FinishedRun, tmp_path: Path
+) -> None:
+    config = copy.deepcopy(finished_run.config) | {
+        "output": str(tmp_path / "run"),
+        "training": {"enabled": False},
+        "evaluation": {},
+    }
+    config["cluster"] |= {"address": "local", "num_cpus": 1}
+    for section in (config["generation"], *config["rewards"].values()):
+        section["pool"] = {"num_cpus": 0.6}
+    lines: list[str] = []
+    rc_ray.run(config, emit=lines.append)
+    assert any("phased" in line and "then one reward after the other" in line for line in lines)
+    whole, phased = (pq.read_table(f / "candidates").sort_by("prompt_id") for f in (finished_run.folder, tmp_path / "run"))
+    assert phased.select(["prompt_id", "failure"]).equals(whole.select(["prompt_id", "failure"]))
+    for name in config["rewards"]:
+        values = [[v for row in t.column(f"reward.{name}").to_pylist() for v in row] for t in (phased, whole)]
+        assert values[0] == pytest.approx(values[1], abs=1e-5)

@@ -1,14 +1,9 @@
 """The figures that the README gives on conflict and yield, from 55 models' answers to the 805 prompts of AlpacaEval.
 
-Objectives: GPT-4's preference over a fixed reference, and brevity (fewer characters). The preference is a probability that often
-saturates; as log-odds it keeps its order and does not tie in float32.
+Objectives: GPT-4's preference over a fixed reference, and brevity (fewer characters).
 """
 
 from __future__ import annotations
-
-import gzip
-import json
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -18,32 +13,17 @@ from numpy.typing import NDArray
 from rc_ray.config import SelectionConfig
 from rc_ray.core.selection import select_indices
 from rc_ray.core.selection_report import SelectionReport, selection_report
+from tests.conftest import Drawn
 
-LEFT_OUT = {"NullModel", "gpt4_gamed", "gpt4_1106_preview"}
 NUM_DRAWS = 20
 NAMES = ["preference", "brevity"]
-Drawn = list[list[tuple[str, float, float]]]
 
 
 @pytest.fixture(scope="module")
-def answers(shared_data: Path) -> Drawn:
-    """Per prompt, all answers: text, log-odds of preference, minus characters."""
-    prompts: dict[int, list[tuple[str, float, float]]] = {}
-    with gzip.open(shared_data / "alpaca_eval" / "pool_weighted_gpt4turbo.jsonl.gz", "rt") as file:
-        for row in map(json.loads, file):
-            if row["generator"] not in LEFT_OUT:
-                p = min(max(row["pref_vs_gpt4_1106"] - 1, 1e-12), 1 - 1e-12)
-                prompts.setdefault(row["pid"], []).append(
-                    (row["output"], float(np.log(p / (1 - p))), -float(len(row["output"])))
-                )
-    return list(prompts.values())
-
-
-@pytest.fixture(scope="module")
-def draws(answers: Drawn) -> Drawn:
+def draws(alpaca_answers: Drawn) -> Drawn:
     """16 answers to each prompt in random order, several times."""
     rng = np.random.default_rng(0)
-    return [[pool[i] for i in rng.permutation(len(pool))[:16]] for _ in range(NUM_DRAWS) for pool in answers]
+    return [[pool[i] for i in rng.permutation(len(pool))[:16]] for _ in range(NUM_DRAWS) for pool in alpaca_answers]
 
 
 def as_table(groups: Drawn) -> pa.Table:
@@ -67,8 +47,8 @@ def report(draws: Drawn) -> SelectionReport:
     return selection_report(as_table(draws), SelectionConfig(), sizes=(2, 4, 8, 16))
 
 
-def test_preference_and_brevity_order_most_pairs_of_answers_oppositely(answers: Drawn) -> None:
-    whole = selection_report(as_table(answers), SelectionConfig())
+def test_preference_and_brevity_order_most_pairs_of_answers_oppositely(alpaca_answers: Drawn) -> None:
+    whole = selection_report(as_table(alpaca_answers), SelectionConfig())
     agreement = whole.agreement[0][1]
     assert whole.num_groups == 805
     assert agreement is not None

@@ -17,6 +17,7 @@ from rc_ray.config import ClassifierReward, EvaluationConfig, PromptsConfig, loa
 from rc_ray.core import schemas
 from rc_ray.errors import ConfigError, DataError, RcRayError, ResumeError
 from rc_ray.evaluation.compare import compare
+from rc_ray.generation.arguments import check_engine_arguments, engine_arguments
 from rc_ray.ledger import rundir
 from rc_ray.ledger.storage import Folder
 from rc_ray.models.resolve import max_context
@@ -107,6 +108,21 @@ def test_tickets_of_the_user_that_leave_room_fit(tickets: float, tmp_path: Path)
     config = load_config({**base(tmp_path), "rewards": rewards, "generation": {"pool": {"num_cpus": tickets}}})
     plan = make_plan(config, cpus=2, gpus=0)
     assert plan.generation.num_cpus == tickets
+
+
+# --- generation/arguments.py
+
+
+def test_an_engine_argument_that_vllm_does_not_have_is_named_without_importing_vllm() -> None:
+    check_engine_arguments({"max_num_seqs": 4, "tensor_parallel_size": 2})
+    with pytest.raises(ConfigError, match=r"generation\.engine\.max_num_seq = 4: .* did you mean 'max_num_seqs'\?"):
+        check_engine_arguments({"max_num_seq": 4})
+
+
+def test_the_engine_arguments_are_those_that_vllm_takes() -> None:
+    from vllm import EngineArgs
+
+    assert engine_arguments() == set(EngineArgs.__dataclass_fields__)
 
 
 # --- ledger

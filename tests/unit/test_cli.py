@@ -238,8 +238,8 @@ def test_plan_shows_what_a_run_would_do_and_writes_nothing(config_file: Path, ca
 def test_plan_for_gpus_and_for_a_cluster_that_is_too_small(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(config_file), "--cpus", "32", "--gpus", "2"]) == 0
     assert "mode        phased" in capsys.readouterr().out
-    assert main(["plan", str(config_file), "--cpus", "32", "--gpus", "1"]) == 5
-    check_message(capsys.readouterr().err, ["ClusterError", "cluster has 1", "add GPUs"])
+    assert main(["plan", str(config_file), "--cpus", "32", "--gpus", "2", "--set", "generation.pool.size=3"]) == 5
+    check_message(capsys.readouterr().err, ["ClusterError", "cluster has 2", "add GPUs"])
 
 
 def test_plan_reads_the_configuration_of_a_run_directory(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,6 +33,8 @@ GOOD: dict[str, Any] = {
         ("num_candidates=8", ["num_candidates", "Did you mean generation.num_candidates?"]),
         ("rewards.helpful.modle=x", ["rewards.helpful.modle", "unknown key"]),
         ("generation.num_candidates=1", ["generation.num_candidates = 1", "greater than or equal to 2", "a pair needs two"]),
+        ("generation.max_candidates=8", ["max_candidates (8)", "must be above num_candidates (8)"]),
+        ("generation.target_gap=1", ["target_gap has no effect without max_candidates"]),
         ("generation.num_candidates=eight", ["generation.num_candidates = 'eight'", "valid integer"]),
         ("generation.temperature=0", ["generation.temperature = 0", "greater than 0"]),
         ("generation.max_tokens=4096", ["max_tokens (4096)", "max_model_len (2048)", "lower the first"]),
@@ -121,3 +123,17 @@ def test_imports_stay_light() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["selection.strategy=best_worst"], "no effect with selection.strategy best_worst"),
+        (["selection.margins={helpful: 0.1}", "selection.margin_unit=scale"], "give selection.scale"),
+        (["generation.target_gap=1"], "give selection.scale"),
+    ],
+)
+def test_adaptive_sampling_needs_a_rule_that_is_known_while_it_samples(overrides: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_config(GOOD, ["generation.max_candidates=16", *overrides])
+    load_config(GOOD, ["generation.max_candidates=16", "generation.target_gap=1", "selection.gap=sum"])

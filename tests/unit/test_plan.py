@@ -86,7 +86,10 @@ def test_enough_gpus_hold_all_pools_at_once() -> None:
 def test_too_few_gpus_for_all_pools_at_once_give_two_phases() -> None:
     plan = make_plan(config(), cpus=32, gpus=2)
     assert plan.mode == "phased"
-    assert plan.mode_reason == "the pools need 3 GPUs at once and the cluster has 2; generation first, scoring after"
+    assert plan.phases == [["generation"], ["helpful", "harmless", "length"]]
+    assert plan.mode_reason == (
+        "generation + helpful + harmless + length need 3 GPUs at once and the cluster has 2; generation first, scoring after"
+    )
     assert f"mode        phased  ({plan.mode_reason})" in plan.lines()
 
 
@@ -95,10 +98,22 @@ def test_fractions_of_a_gpu_keep_the_pools_together() -> None:
     assert make_plan(config(*shared), cpus=32, gpus=2).mode == "streaming"
 
 
-def test_too_few_gpus_even_for_one_phase_are_an_error_that_says_what_to_change() -> None:
+def test_rewards_that_do_not_fit_together_come_one_after_the_other() -> None:
+    alone = [["generation"], ["helpful"], ["harmless"], ["length"]]
+    plan = make_plan(config("training.enabled=false"), cpus=32, gpus=1)
+    assert (plan.mode, plan.phases) == ("phased", alone)
+    assert plan.mode_reason.endswith("the cluster has 1; generation first, then one reward after the other")
+    fixed = [f"{pool}.num_cpus=1" for pool in ("generation.pool", *(f"rewards.{name}.pool" for name in BASE["rewards"]))]
+    by_cpus = make_plan(config("training.enabled=false", *fixed), cpus=1.5, gpus=0)
+    assert (by_cpus.mode, by_cpus.phases) == ("phased", alone)
+    assert "4 of them as configured" in by_cpus.mode_reason
+    assert all(pool.num_cpus == 1 for pool in (by_cpus.generation, *by_cpus.rewards.values()))
+
+
+def test_a_pool_that_does_not_fit_alone_is_an_error_that_says_what_to_change() -> None:
     with pytest.raises(ClusterError) as caught:
-        make_plan(config("training.enabled=false"), cpus=32, gpus=1)
-    for word in ("helpful + harmless + length need 2 GPUs", "cluster has 1", "rewards.<name>.pool.num_gpus", "add GPUs"):
+        make_plan(config("training.enabled=false", "rewards.harmless.pool.num_gpus=2"), cpus=32, gpus=1)
+    for word in ("harmless need 2 GPUs", "cluster has 1", "rewards.<name>.pool.num_gpus", "add GPUs"):
         assert word in str(caught.value)
     with pytest.raises(ClusterError, match=r"generation need 4 GPUs at once.*generation\.pool\.size"):
         make_plan(config("generation.pool.size=4"), cpus=32, gpus=2)

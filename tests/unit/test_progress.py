@@ -130,14 +130,14 @@ def test_the_reporter_adds_up_and_sends_once_a_second(clock: Clock) -> None:
     reporter.ready()
     assert board.ready.calls == [("sample",)]
     reporter.add(1, 10)
-    assert board.advance.calls == [("sample", 1, 10)]
+    assert board.advance.calls == [("sample", 1, 10, 0)]
     for _ in range(4):
         clock.now += 0.2
         reporter.add(1, 10)
     assert len(board.advance.calls) == 1
     clock.now += 0.3
     reporter.add(tokens=5)
-    assert board.advance.calls[1:] == [("sample", 4, 45)]
+    assert board.advance.calls[1:] == [("sample", 4, 45, 0)]
 
 
 def test_flush_sends_the_rest_once(clock: Clock) -> None:
@@ -147,7 +147,7 @@ def test_flush_sends_the_rest_once(clock: Clock) -> None:
     reporter.add(done=3, tokens=7)
     reporter.flush()
     reporter.flush()
-    assert board.advance.calls == [("score", 2, 0), ("score", 3, 7)]
+    assert board.advance.calls == [("score", 2, 0, 0), ("score", 3, 7, 0)]
 
 
 def test_an_idle_reporter_sends_nothing() -> None:

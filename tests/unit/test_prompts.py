@@ -130,6 +130,7 @@ def test_every_kind_of_bad_row_is_one_drop_with_its_reason(mixed_prompts: Path, 
         "rows": 38,
         "prompts": 31,
         "chunks": 4,
+        "chunk_size": 8,
         "drops": {"empty_prompt": 2, "duplicate_prompt": 1, "invalid_prompt": 4},
     }
     found = [(drop["reason"], drop["detail"]) for drop in drops]
@@ -204,7 +205,13 @@ def test_chunks_are_full_in_order_and_hold_every_prompt_once(tmp_path: Path) -> 
     assert [chunks.read_table(name).num_rows for name in names] == [4, 4, 2]
     assert chunks.read_table(names[0]).schema.equals(schemas.PROMPT)
     assert [row["prompt"][0]["content"] for row in prompts] == texts
-    assert facts == {"rows": 12, "prompts": 10, "chunks": 3, "drops": {"empty_prompt": 1, "duplicate_prompt": 1}}
+    assert facts == {
+        "rows": 12,
+        "prompts": 10,
+        "chunks": 3,
+        "chunk_size": 4,
+        "drops": {"empty_prompt": 1, "duplicate_prompt": 1},
+    }
     assert facts["rows"] == len(prompts) + len(drops)
 
 

@@ -61,17 +61,16 @@ def test_a_rule_that_cannot_be_called_is_a_configuration_error(function: str, ar
         assert word in str(caught.value)
 
 
-def test_an_exception_in_a_rule_makes_its_batch_missing_with_the_error() -> None:
-    scores = RuleRewardFunction(f"{__name__}:raises", {}).score([PROMPT] * 2, ["a", "b"])
-    assert [s.value for s in scores] == [None, None]
-    assert all("raises raised KeyError: 'no such field'" in s.missing for s in scores)
+def test_an_exception_in_a_rule_reaches_the_caller() -> None:
+    with pytest.raises(KeyError, match="no such field"):
+        RuleRewardFunction(f"{__name__}:raises", {}).score([PROMPT] * 2, ["a", "b"])
 
 
-def test_a_rule_with_the_wrong_number_of_values_is_missing() -> None:
-    scores = RuleRewardFunction(f"{__name__}:too_few", {}).score([PROMPT] * 3, ["a", "b", "c"])
-    assert [s.value for s in scores] == [None] * 3
-    assert all("returned 1 values for 3 answers" in s.missing for s in scores)
-    assert "TypeError" in RuleRewardFunction(f"{__name__}:no_list", {}).score([PROMPT], ["a"])[0].missing
+def test_a_rule_with_the_wrong_number_of_values_is_an_error() -> None:
+    with pytest.raises(ValueError, match="too_few returned 1 values for 3 answers"):
+        RuleRewardFunction(f"{__name__}:too_few", {}).score([PROMPT] * 3, ["a", "b", "c"])
+    with pytest.raises(TypeError):
+        RuleRewardFunction(f"{__name__}:no_list", {}).score([PROMPT], ["a"])
 
 
 def test_values_that_are_no_finite_number_are_missing_one_by_one() -> None:

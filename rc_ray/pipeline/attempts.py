@@ -1,0 +1,84 @@
+"""Retries of work whose process died: which group did it, and when to give it up.
+
+Ray runs a block again when its actor dies, for ever if the block is what kills it. So every block, and in a block that
+died before every group, is entered in a book before it is worked on and struck out after. What is in the book already has
+killed somebody. A block that died is worked on group by group, one at a time, so the next death can be blamed on one group; after
+`max_attempts` it is given up with the last error, and the others go on.
+
+The book lives with the driver's session: a driver that was killed blames nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+
+class AttemptBook:
+    """Work begun and not ended. Part of the progress board's actor; pure Python."""
+
+    def __init__(self) -> None:
+        self._begun: dict[tuple[str, str], int] = {}
+
+    def begin_work(self, stage: str, key: str) -> int:
+        """Enters work; returns how often it was begun before without an end."""
+        earlier = self._begun.get((stage, key), 0)
+        self._begun[stage, key] = earlier + 1
+        return earlier
+
+    def end_work(self, stage: str, key: str) -> None:
+        """Strikes work out."""
+        self._begun.pop((stage, key), None)
+
+
+class Attempts:
+    """A worker's end of the book. Without a board nothing is known to have failed.
+
+    Args:
+        board: handle of the actor, or None.
+        stage: name under which to book.
+        max_attempts: of one group, the one with its whole block included.
+    """
+
+    def __init__(self, board: Any | None, stage: str, max_attempts: int) -> None:
+        self._board, self._stage, self._max_attempts = board, stage, max_attempts
+        self._alone = threading.Lock()
+
+    @contextlib.contextmanager
+    def block(self, key: str) -> Iterator[bool]:
+        """Around the work on a block; gives whether an earlier attempt died, so that groups must be taken one by one."""
+        earlier = self._begin(f"block {key}")
+        yield earlier > 0
+        self._end(f"block {key}")
+
+    @contextlib.contextmanager
+    def group(self, key: str) -> Iterator[str | None]:
+        """Around the work on one group of such a block, alone in this process; gives why it must be given up, or None."""
+        with self._alone:
+            deaths = 1 + self._begin(key)
+            if deaths >= self._max_attempts:  # stays in the book, since another group may still kill the block
+                yield f"its process died in {self._max_attempts} attempts{self._last_error()}"
+                return
+            yield None
+            self._end(key)
+
+    def _begin(self, key: str) -> int:
+        if self._board is None:
+            return 0
+        import ray
+
+        return int(ray.get(self._board.begin_work.remote(self._stage, key)))
+
+    def _end(self, key: str) -> None:
+        if self._board is not None:
+            self._board.end_work.remote(self._stage, key)
+
+    def _last_error(self) -> str:
+        if self._board is None:
+            return ""
+        import ray
+
+        _, errors = ray.get(self._board.state.remote())
+        return f": {errors[self._stage]}" if self._stage in errors else " without a word (killed, or out of memory)"

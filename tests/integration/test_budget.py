@@ -1,0 +1,75 @@
+"""A run whose sampling ends early: what is there is selected, nothing is lost, and a larger budget gives the undisturbed output."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+import rc_ray
+from rc_ray.pipeline.run import RunResult
+
+NUM_PROMPTS = 60
+
+
+@pytest.fixture(scope="module")
+def config(tiny_config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("budget")
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"hello {i}"}) + "\n" for i in range(NUM_PROMPTS)))
+    config = copy.deepcopy(tiny_config) | {"prompts": {"path": str(folder / "prompts.jsonl")}, "evaluation": {}}
+    config["cluster"] |= {"chunk_size": 2}
+    config["training"] |= {"max_steps": 1}
+    return config | {"output": str(folder / "run")}
+
+
+def run(config: dict[str, Any], *overrides: str) -> tuple[RunResult, list[str]]:
+    lines: list[str] = []
+    result = rc_ray.run(config, overrides, emit=lines.append)
+    assert result is not None
+    identity = result.metrics["identity"]
+    assert identity["prompts"] == identity["paired"] + identity["dropped"] + identity["not_sampled"] == NUM_PROMPTS
+    return result, lines
+
+
+def outcome(folder: str) -> Any:
+    pairs = pq.read_table(f"{folder}/pairs").sort_by("prompt_id")
+    return pairs.select(["prompt_id", "chosen_index", "rejected_index", "chosen", "rejected", "gap"]).to_pylist()
+
+
+def test_a_budget_ends_the_run_and_a_larger_one_goes_on_to_the_same_output(config: dict[str, Any]) -> None:
+    first, lines = run(config, "budget.target_pairs=5")
+    identity = first.metrics["identity"]
+    assert 5 <= identity["paired"] < 40
+    assert identity["not_sampled"] > 0
+    assert any("budget.target_pairs = 5 is reached" in line and "rc-ray train" in line for line in lines)
+    assert "training" not in first.metrics
+    again, lines = run(config, "budget.target_pairs=5")
+    assert again.metrics == first.metrics
+    assert not any(line.startswith("ray ") for line in lines), "Ray was started for nothing"
+    tokens = first.metrics["sampling"]["tokens"]
+    second, _ = run(config, f"budget.max_generated_tokens={tokens + 100}")
+    assert second.metrics["identity"]["not_sampled"] < identity["not_sampled"]
+    whole, lines = run(config)
+    assert whole.metrics["identity"]["not_sampled"] == 0
+    assert whole.metrics["training"]["steps"] == 1
+    undisturbed, _ = run(config | {"output": config["output"] + "-whole"}, "training.enabled=false")
+    assert outcome(whole.run_dir) == outcome(undisturbed.run_dir)
+
+
+def test_a_deadline_that_has_passed_samples_nothing(config: dict[str, Any], tmp_path: Path) -> None:
+    result, lines = run(config | {"output": str(tmp_path / "late")}, "budget.deadline=2020-01-01T00:00:00Z")
+    assert result.metrics["identity"]["not_sampled"] == NUM_PROMPTS
+    assert any("budget.deadline = 2020-01-01T00:00:00+00:00 has passed" in line for line in lines)
+
+
+def test_training_on_what_there_is_settles_the_prompts(config: dict[str, Any], tmp_path: Path) -> None:
+    config = config | {"output": str(tmp_path / "run")}
+    run(config, "budget.target_pairs=5")
+    rc_ray.train(config, overrides=["budget.target_pairs=5"])
+    assert (tmp_path / "run" / "model" / "config.json").exists()
+    with pytest.raises(rc_ray.ResumeError, match="was trained on the pairs of the prompts sampled so far"):
+        rc_ray.run(config, emit=lambda _: None)

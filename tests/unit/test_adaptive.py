@@ -1,0 +1,102 @@
+"""Adaptive N on recorded answers: who gets more candidates, and what it saves; real engines are in tests/integration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from rc_ray.config import GenerationConfig, SelectionConfig
+from rc_ray.core import schemas
+from rc_ray.pipeline.actors import Policy
+from rc_ray.pipeline.adaptive import AdaptiveGroups
+from rc_ray.pipeline.attempts import Attempts
+from rc_ray.pipeline.progress import Reporter
+from tests.conftest import Drawn
+
+Recorded = dict[str, list[tuple[str, float, float]]]
+
+
+class Replayed(AdaptiveGroups):
+    """Takes answers and rewards from a record in the place of engine and scorers."""
+
+    def __init__(self, recorded: Recorded, num_candidates: int, max_candidates: int, **selection: Any) -> None:
+        generation = GenerationConfig(
+            num_candidates=num_candidates, max_candidates=max_candidates, target_gap=selection.pop("target_gap", None)
+        )
+        self._policy = Policy("recorded", None, False, generation, num_candidates, max_candidates, 0)
+        self._selection = SelectionConfig(**selection)
+        self._scorers = {"a": [], "b": []}
+        self._reporter = self._scored = Reporter(None, "sample")
+        self._attempts = Attempts(None, "sample", 3)
+        self.recorded, self.rounds = recorded, 0
+
+    def _sample(self, rows: list[dict[str, Any]], number: int, one_by_one: bool) -> None:
+        self.rounds += bool(rows)
+        for row in rows:
+            answers = self.recorded[row["prompt_id"]][:number]
+            row["candidates"] = [
+                {"text": text, "token_ids": [0] * (len(text) // 4), "finish_reason": "stop", "seed": i, "logprob": -1.0}
+                for i, (text, _, _) in enumerate(answers)
+            ]
+
+    def _score(self, rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            answers = self.recorded[row["prompt_id"]][: len(row["candidates"])]
+            row["rewards"] = {"a": ([a for _, a, _ in answers], None), "b": ([b for _, _, b in answers], None)}
+
+    def outcome(self) -> dict[str, dict[str, Any]]:
+        rows = [{"prompt_id": name, "prompt": [], "candidates": None, "failure": None} for name in self.recorded]
+        return {row["prompt_id"]: row for row in self(pa.Table.from_pylist(rows, schema=schemas.GROUP)).to_pylist()}
+
+
+RECORDED: Recorded = {
+    "at once": [("x", 1, 1), ("y", 0, 0), *[("z", 9, 9)] * 6],
+    "in the second round": [("x", 1, 0), ("y", 0, 1), ("z", 2, 2), ("v", 0, 0), *[("w", 9, 9)] * 4],
+    "at the end": [*((f"{i}", float(i), float(-i)) for i in range(7)), ("z", 9, 9)],
+    "never": [(f"{i}", float(i), float(-i)) for i in range(8)],
+}
+
+
+def test_a_group_gets_as_many_again_until_it_has_a_pair_or_all() -> None:
+    replayed = Replayed(RECORDED, 2, 8)
+    found = replayed.outcome()
+    assert {name: len(row["candidates"]) for name, row in found.items()} == {
+        "at once": 2, "in the second round": 4, "at the end": 8, "never": 8,
+    }  # fmt: skip
+    assert replayed.rounds == 3
+    assert all(len(row["reward.a"]) == len(row["reward.b"]) == len(row["candidates"]) for row in found.values())
+
+
+def test_the_last_round_ends_at_the_maximum() -> None:
+    assert len(Replayed(RECORDED, 3, 7).outcome()["never"]["candidates"]) == 7
+
+
+def test_a_pair_below_the_target_gap_is_not_enough() -> None:
+    found = Replayed(RECORDED, 2, 8, target_gap=2.5, gap="sum").outcome()
+    assert [len(found[name]["candidates"]) for name in ("at once", "in the second round")] == [4, 4]
+
+
+def test_half_of_the_tokens_is_saved_at_the_yield_of_eight(alpaca_answers: Drawn) -> None:
+    rng = np.random.default_rng(0)
+    recorded = {str(pid): [pool[i] for i in rng.permutation(len(pool))[:8]] for pid, pool in enumerate(alpaca_answers)}
+
+    def pairs(found: dict[str, dict[str, Any]]) -> int:
+        return sum(
+            any(a > c and b > d for a, b in zip(row["reward.a"], row["reward.b"], strict=True)
+                for c, d in zip(row["reward.a"], row["reward.b"], strict=True))
+            for row in found.values()
+        )  # fmt: skip
+
+    def tokens(found: dict[str, dict[str, Any]]) -> int:
+        return sum(len(c["token_ids"]) for row in found.values() for c in row["candidates"])
+
+    adaptive = Replayed(recorded, 2, 8).outcome()
+    fixed = {name: {"candidates": [{"token_ids": [0] * (len(t) // 4)} for t, _, _ in answers],
+                    "reward.a": [a for _, a, _ in answers], "reward.b": [b for _, _, b in answers]}
+             for name, answers in recorded.items()}  # fmt: skip
+    assert pairs(adaptive) == pairs(fixed)
+    assert pairs(fixed) > 0.98 * 805
+    assert 1 - tokens(adaptive) / tokens(fixed) == pytest.approx(0.457, abs=0.005)
