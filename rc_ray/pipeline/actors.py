@@ -60,6 +60,8 @@ def load_chunk(items: pa.Table, prompts: Folder, groups: Folder) -> pa.Table:
 class GenerateGroups:
     """Samples N candidates for every prompt of a block. Threads may call it side by side; they share one engine."""
 
+    _in_rounds = False  # whether a group that was sampled may be sampled again
+
     def __init__(
         self, policy: Policy, on_gpu: bool, engines_per_host: int, board: Any | None, stage: str, max_attempts: int
     ) -> None:
@@ -96,8 +98,6 @@ class GenerateGroups:
         if todo:
             with self._attempts.block(todo[0]["prompt_id"]) as one_by_one:
                 self._sample(todo, self._policy.num_candidates, one_by_one)
-        for row in todo:
-            self._count(row)
         self._reporter.flush()
         return pa.Table.from_pylist(rows, schema=block.schema)
 
@@ -115,16 +115,19 @@ class GenerateGroups:
     def _finish(self, row: dict[str, Any], pending: Any) -> None:
         """Waits for what `_submit` returned and enters it into the row."""
         row["candidates"] = row["candidates"] or []
+        before = len(row["candidates"])
         if not isinstance(pending, tuple):
             pending = self._collect(row, pending)
         if pending is not None and not row["candidates"]:  # what could be sampled before is kept
             row["failure"], row["failure_detail"] = pending
             if row["failure"] == "generation_failed":
                 self._reporter.error(row["failure_detail"])
+        self._reporter.add(tokens=sum(len(c["token_ids"]) for c in row["candidates"][before:]))
+        if not self._in_rounds:
+            self._count(row)
 
     def _count(self, row: dict[str, Any]) -> None:
-        tokens = sum(len(c["token_ids"]) for c in row["candidates"])
-        self._reporter.add(1, tokens, int(row["failure"] == "generation_failed"))
+        self._reporter.add(1, failed=int(row["failure"] == "generation_failed"))
 
     def _submit(self, row: dict[str, Any], number: int) -> Any:
         """A future of the candidates that are lacking, or (reason, detail) when the prompt cannot be sampled."""

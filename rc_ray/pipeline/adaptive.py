@@ -35,6 +35,8 @@ class AdaptiveGroups(GenerateGroups):
         others: see `GenerateGroups`.
     """
 
+    _in_rounds = True
+
     def __init__(
         self, scorers: dict[str, list[Any]], selection: SelectionConfig, score_stage: str, board: Any | None, **others: Any
     ) -> None:
