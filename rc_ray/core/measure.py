@@ -13,8 +13,7 @@ import heapq
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fractions import Fraction
-from math import sqrt
+from math import isqrt, ldexp
 from typing import Any
 
 import numpy as np
@@ -134,8 +133,17 @@ class Summary:
                 ((int(high) << 24) + int(low)) << (2 * e - 2) for e, (_, high, low) in enumerate(self.sums[m]) if high or low
             )  # unit 2^-298
             numerator = number * square - total * total
-            scales[name] = sqrt(Fraction(numerator, number * number << 298)) if numerator else 1.0
+            scales[name] = _root(numerator, number * number << 298) if numerator else 1.0
         return scales
+
+
+def _root(numerator: int, denominator: int) -> float:
+    """The float64 nearest to the square root of a positive fraction."""
+    shift = max(0, 132 - numerator.bit_length() + denominator.bit_length()) & ~1
+    scaled = numerator << shift
+    root = isqrt(scaled // denominator)
+    # Of 66 bits or more, the last one set where something was cut off: rounding to 53 then sees which side of a tie it is on.
+    return ldexp(float(root | (root * root * denominator != scaled)), -shift // 2)
 
 
 def _pilots(rewards: dict[str, pa.Array], prompt_ids: pa.Array) -> Iterable[Pilot]:

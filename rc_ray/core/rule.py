@@ -84,8 +84,8 @@ def make_rule(
     """
     margins = np.atleast_2d(np.asarray(margin, dtype=np.float64))
     objective = np.arange(margins.shape[1]) if members is None else np.asarray(members, dtype=np.int64)
-    sizes = np.bincount(objective)
-    if objective.shape != (margins.shape[1],) or not sizes.all():
+    sizes = np.bincount(np.maximum(objective, 0))
+    if objective.shape != (margins.shape[1],) or (objective < 0).any() or not sizes.all():
         raise ValueError(f"members {list(objective)} must name an objective 0..K-1 for each of {margins.shape[1]} columns")
     share = np.ones(sizes.size) if shares is None else np.asarray(shares, dtype=np.float64)
     if share.shape != sizes.shape or not ((share > 0) & (share <= 1)).all():

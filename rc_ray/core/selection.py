@@ -104,8 +104,8 @@ def fit_selection(tables: Iterable[pa.Table], config: SelectionConfig) -> Fitted
 
 
 def _blocks(table: pa.Table) -> Iterable[pa.Table]:
-    """The table in zero-copy pieces of at most `BLOCK` rows."""
-    for start in range(0, table.num_rows, BLOCK):
+    """The table in zero-copy pieces of at most `BLOCK` rows; an empty one is a piece too."""
+    for start in range(0, max(table.num_rows, 1), BLOCK):
         yield table.slice(start, BLOCK)
 
 
@@ -135,8 +135,6 @@ def select_pairs(groups: pa.Table, config: SelectionConfig, fitted: Fitted | Non
     if fitted is None:
         fitted = fit_selection([groups], config)
     parts = [_select_block(read_scored(block, columns), config, objectives, fitted) for block in _blocks(groups)]
-    if not parts:
-        parts = [_select_block(read_scored(groups, columns), config, objectives, fitted)]
     return Selected(
         pa.concat_tables([p.pairs for p in parts]),
         pa.concat_tables([p.drops for p in parts]),
@@ -317,6 +315,8 @@ def select_indices(
     if config.strategy == "rc_filter" and n != 2:
         raise ConfigError(f"selection.strategy rc_filter needs groups of two (chosen, rejected), not {n}")
     columns = objectives or [str(m) for m in range(width)]
+    if len(columns) != width:
+        raise ValueError(f"objectives names {len(columns)} reward columns, but rewards has {width}: {columns}")
     names = selection_objectives(config, columns)
     used = config.columns_of(names)
     if used != columns:

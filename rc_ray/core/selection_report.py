@@ -34,14 +34,13 @@ QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
 
 @compiled
-def _count_groups(
-    values: Any, margins: Any, offsets: Any, status: Any, grid: Any, eligible: Any, consistent: Any, signs: Any
-) -> None:
+def _count_groups(values: Any, margins: Any, offsets: Any, status: Any, consistent: Any, signs: Any) -> None:
     """Adds the counts of usable groups.
 
-    eligible: (S,), groups with at least grid[s] candidates. consistent: (2^K, S), those whose first grid[s] candidates hold a pair on which every
-    objective of the subset (bit k) differs by more than its margin in the same direction. signs: (K, K, 3): pairs of answers
-    that objectives i and j order alike, oppositely, or that one of them ties.
+    consistent: (2^K, L), whose running sum over n is the groups with at least n candidates of which the first n hold a pair on which
+    every objective of the subset (bit k) differs by more than its margin in the same direction; the empty subset counts all
+    groups with at least n candidates, from n = 2. signs: (K, K, 3): pairs of answers that objectives i and j order alike,
+    oppositely, or that one of them ties.
     """
     width = values.shape[1]
     subsets = 1 << width
@@ -76,11 +75,11 @@ def _count_groups(
             for s in range(subsets):
                 if not s >> k & 1:
                     least[s] = min(least[s], least[s | 1 << k])
-        for size in range(grid.size):
-            if n >= grid[size]:
-                eligible[size] += 1
-                for s in range(subsets):
-                    consistent[s, size] += least[s] <= grid[size]
+        least[0] = 2
+        for s in range(subsets):
+            if least[s] <= n:
+                consistent[s, least[s]] += 1
+                consistent[s, n + 1] -= 1
 
 
 @dataclass
@@ -182,8 +181,7 @@ class ReportBuilder:
 
     def __init__(self, config: SelectionConfig, fitted: Fitted, sizes: Iterable[int] | None = None) -> None:
         self.config, self.fitted = config, fitted
-        self._sizes = np.asarray(sorted(set(sizes)) if sizes is not None else [2**i for i in range(1, 13)], dtype=np.int64)
-        self._automatic = sizes is None
+        self._sizes = None if sizes is None else sorted(set(sizes))
         self._objectives: list[str] = []
         self._groups = self._usable = self._most = 0
         self._strategies: dict[str, tuple[SelectionConfig, _Tally]] = {}
@@ -201,8 +199,7 @@ class ReportBuilder:
         self._objectives = selection_objectives(self.config, columns)
         self._columns = self.config.columns_of(self._objectives)
         width = min(len(self._objectives), MOST_OBJECTIVES)
-        self._eligible = np.zeros(self._sizes.size, dtype=np.int64)
-        self._consistent = np.zeros((1 << width, self._sizes.size), dtype=np.int64)
+        self._consistent = np.zeros((1 << width, 2), dtype=np.int64)
         self._signs = np.zeros((len(self._objectives),) * 2 + (3,), dtype=np.int64)
         self._strategies = {
             name: (config, _Tally()) for name, config in _variants(self.config, self._objectives, is_preference(schema))
@@ -229,7 +226,10 @@ class ReportBuilder:
         offsets, status = groups.offsets, groups.status
         shown = np.ascontiguousarray(groups.values[:, :width])
         signs = np.zeros((width, width, 3), dtype=np.int64)
-        _count_groups(shown, margins, offsets, status, self._sizes, self._eligible, self._consistent, signs)
+        beyond = self._most + 2 - self._consistent.shape[1]
+        if beyond > 0:
+            self._consistent = np.pad(self._consistent, ((0, 0), (0, beyond)))
+        _count_groups(shown, margins, offsets, status, self._consistent, signs)
         self._signs[:width, :width] += signs
 
     def _run(self, data: ScoredTable, config: SelectionConfig, tally: _Tally, lengths: NDArray[np.int32], keep: bool) -> None:
@@ -252,12 +252,12 @@ class ReportBuilder:
     def finish(self) -> SelectionReport:
         """The numbers of everything that was added."""
         width = min(len(self._objectives), MOST_OBJECTIVES)
-        grid = [
-            (s, int(n)) for s, n in enumerate(self._sizes) if self._eligible[s] and (not self._automatic or n <= self._most)
-        ] if self._objectives else []  # fmt: skip
+        counts = np.cumsum(self._consistent, axis=1) if self._objectives else np.zeros((1, 2), dtype=np.int64)
+        sizes = {2**i for i in range(1, self._most.bit_length())} | {self._most} if self._sizes is None else set(self._sizes)
+        grid = [n for n in sorted(sizes) if 2 <= n <= self._most]
         consistency = {
             " + ".join(self._objectives[k] for k in range(width) if subset >> k & 1): {
-                n: float(self._consistent[subset, s] / self._eligible[s]) for s, n in grid
+                n: float(counts[subset, n] / counts[0, n]) for n in grid
             }
             for subset in sorted(range(1, 1 << width), key=lambda s: (s.bit_count(), s))
         }
@@ -329,18 +329,17 @@ def _variants(config: SelectionConfig, objectives: list[str], preference: bool) 
         kept = {key: value for key, value in given.items() if key not in every or key in OPTIONS[strategy]}
         if kept.get("gap") in ("min", "product") and strategy not in ("rcs", "rc_all"):
             kept["gap"] = "standardized_sum"
-        if (
-            isinstance(kept["scale"], dict)
-            and not SelectionConfig(**{**kept, "scale": "data", "strategy": strategy}).uses_scale
-        ):
-            kept["scale"] = "data"
-        if strategy != "best_worst":
-            yield strategy, SelectionConfig(**{**kept, "strategy": strategy})
-            continue
-        yield strategy, SelectionConfig(**{**kept, "strategy": strategy})
-        for name in objectives if len(objectives) > 1 else ():
-            alone = {**kept, "strategy": strategy, "gap": f"{PRIMARY}{name}", "weights": {}, "scale": "data"}
-            yield f"best_worst by {name}", SelectionConfig(**alone)
+        yield strategy, _without_idle_scale({**kept, "strategy": strategy})
+        if strategy == "best_worst" and len(objectives) > 1:
+            for name in objectives:
+                alone = {**kept, "strategy": strategy, "gap": f"{PRIMARY}{name}", "weights": {}}
+                yield f"best_worst by {name}", _without_idle_scale(alone)
+
+
+def _without_idle_scale(options: dict[str, Any]) -> SelectionConfig:
+    """The configuration without a given scale where that would have no effect, which is an error."""
+    config = SelectionConfig(**{**options, "scale": "data"})
+    return SelectionConfig(**options) if config.uses_scale else config
 
 
 def lacks_scale(config: SelectionConfig, fitted: Fitted) -> bool:
