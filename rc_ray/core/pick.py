@@ -382,7 +382,8 @@ def _standardised(values: Any, divisor: Any, kind: int, w: int, l: int) -> float
 
 @compiled
 def _every(
-    groups: Any, scores: Any, rule: Any, max_ratio: float, gap_kind: int, divisor: Any, threshold: float, cap: int, start: int,
+    groups: Any, scores: Any, rule: Any, max_ratio: float, gap_kind: int, divisor: Any, threshold: float, cap: int,
+    first_only: bool, start: int,
     group: Any, winner: Any, loser: Any, gap: Any, status: Any,
 ) -> Any:  # fmt: skip
     """Fills the arrays from group `start` on until they are full; returns the next group, pairs written, pairs beyond the cap."""
@@ -432,7 +433,7 @@ def _every(
         if count == 0:
             status[g] = _why_not(blocked)
             continue
-        ranked = _rank(gaps, errors, count, cap)
+        ranked = _rank(gaps, errors, count, first_only)
         for i in range(n):
             code[i] = i
             for j in range(i):
@@ -461,9 +462,9 @@ def _every(
 
 
 @compiled
-def _rank(gaps: Any, errors: Any, count: int, cap: int) -> Any:
-    """Positions of the pairs by falling gap, equal gaps in their order; for a cap of 1 the first alone."""
-    if cap == 1:
+def _rank(gaps: Any, errors: Any, count: int, first_only: bool) -> Any:
+    """Positions of the pairs by falling gap, equal gaps in their order; or the first alone."""
+    if first_only:
         best = np.zeros(1, dtype=np.int64)
         for p in range(1, count):
             b = best[0]
@@ -489,16 +490,17 @@ def every(
     divisor: NDArray[np.float64],
     threshold: float = -np.inf,
     max_pairs: int | None = None,
+    first_only: bool = False,
 ) -> Found:
-    """All allowed pairs with a gap above the threshold, by falling gap, at most `max_pairs` per group.
+    """All allowed pairs with a gap above the threshold, by falling gap, at most `max_pairs` per group; what is beyond is counted.
 
-    Looks at all N (N - 1) ordered pairs and K rewards of each. Two texts make one pair at most.
+    Looks at all N (N - 1) ordered pairs and K rewards of each. Two texts make one pair at most. `first_only` takes the one
+    with the largest gap and counts nothing, which spares sorting them.
     """
     num_groups = groups.offsets.size - 1
     status = groups.status.copy()
     most = int(_most(groups.offsets))
-    # With a cap of 1 the ranking is a scan, and texts need no second look.
-    cap = max_pairs or most * most
+    cap = 1 if first_only else max_pairs or most * most
     start, beyond = 0, 0
     parts = []
     while start < num_groups:
@@ -506,7 +508,21 @@ def every(
         index = [np.empty(size, dtype=np.int64) for _ in range(3)]
         gap = np.empty(size)
         start, written, more = _every(
-            groups, scores, rule, max_ratio, gap_kind, divisor, threshold, cap, start, index[0], index[1], index[2], gap, status
+            groups,
+            scores,
+            rule,
+            max_ratio,
+            gap_kind,
+            divisor,
+            threshold,
+            cap,
+            first_only,
+            start,
+            index[0],
+            index[1],
+            index[2],
+            gap,
+            status,
         )
         beyond += more
         parts.append([array[:written].copy() for array in (*index, gap)])

@@ -77,6 +77,8 @@ def group_scale(rewards: Any, offsets: Any) -> Any:
     for g in range(num_groups):
         low, high = offsets[g], offsets[g + 1]
         for m in range(width):
+            if not np.isfinite(rewards[low:high, m]).all():  # not selected from
+                continue
             # Sorted first, so that the sums do not depend on the order of the candidates.
             column = _sorted(rewards, low, high, m, buffer, rank)
             if column.size and column[0] < column[-1]:

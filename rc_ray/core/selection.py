@@ -194,7 +194,9 @@ def merge(pools: list[Found]) -> Found:
         return pools[0]
     group = np.concatenate([f.group for f in pools])
     order = np.lexsort((np.arange(group.size), group))
-    status = np.min([np.where(f.status == pick.OK, pick.OK, f.status) for f in pools], axis=0)
+    # What a guard held back says more than that there was nothing, and has the higher code.
+    statuses = np.stack([f.status for f in pools])
+    status = np.where((statuses == pick.OK).any(axis=0), pick.OK, statuses.max(axis=0))
     winner, loser, gap = (np.concatenate([getattr(f, name) for f in pools])[order] for name in ("winner", "loser", "gap"))
     return Found(group[order], winner, loser, gap, status.astype(np.int8), sum(f.num_beyond_cap for f in pools))
 

@@ -81,7 +81,7 @@ def rcs(data: Prepared) -> dict[str, Found]:
     if data.gap_kind == pick.ADDITIVE:
         return {"rcs": pick.largest(data.groups, data.scores(), data.rule, data.max_ratio)}
     found = pick.every(
-        data.groups, data.scores(), data.rule, data.max_ratio, data.gap_kind, data.scale, max_pairs=1
+        data.groups, data.scores(), data.rule, data.max_ratio, data.gap_kind, data.scale, first_only=True
     )  # fmt: skip
     return {"rcs": found}
 
