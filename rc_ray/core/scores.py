@@ -77,7 +77,10 @@ def group_scale(rewards: Any, offsets: Any) -> Any:
     for g in range(num_groups):
         low, high = offsets[g], offsets[g + 1]
         for m in range(width):
-            if not np.isfinite(rewards[low:high, m]).all():  # not selected from
+            total = np.float32(0.0)  # x * 0 is NaN for NaN and infinity alone
+            for i in range(low, high):
+                total += rewards[i, m] * np.float32(0.0)
+            if total != 0:  # not selected from
                 continue
             # Sorted first, so that the sums do not depend on the order of the candidates.
             column = _sorted(rewards, low, high, m, buffer, rank)
