@@ -83,11 +83,12 @@ class DriverLock:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop.set()
         self._thread.join()
-        found = self._read()
-        if found is not None and found["token"] == self._mine["token"]:
-            self._folder.remove(LOCK_NAME)
-        if self._made_folder and self._folder.is_local:  # and nothing was written: bad input, say
-            with contextlib.suppress(OSError):
+        # Where the lock cannot be removed (a full or read-only disk), that is not the error to show; it counts as stale later.
+        with contextlib.suppress(OSError):
+            found = self._read()
+            if found is not None and found["token"] == self._mine["token"]:
+                self._folder.remove(LOCK_NAME)
+            if self._made_folder and self._folder.is_local:  # and nothing was written: bad input, say
                 os.rmdir(self._folder.uri)
 
     def _read(self) -> dict[str, Any] | None:
