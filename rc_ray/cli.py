@@ -99,6 +99,13 @@ def _parser() -> argparse.ArgumentParser:
     _config_options(plan, "YAML file or `embedded:demo`")
     plan.add_argument("--cpus", type=float, help="CPUs of the cluster to plan for (default: this machine)")
     plan.add_argument("--gpus", type=float, help="GPUs of the cluster to plan for (default: 0)")
+    plan.add_argument(
+        "--pilot",
+        type=int,
+        metavar="PROMPTS",
+        help="sample and score so many prompts first (starts Ray), and predict pairs, tokens, hours and cost",
+    )
+    plan.add_argument("--price-per-gpu-hour", type=float, help="with --pilot; on CPUs the price of the cluster for an hour")
     plan.set_defaults(handler=_plan)
 
     doctor = commands.add_parser(
@@ -225,8 +232,20 @@ def _report(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     from rc_ray.pipeline.preview import plan
 
+    if options.price_per_gpu_hour is not None and options.pilot is None:
+        raise ConfigError(
+            "--price-per-gpu-hour has no effect without --pilot; give the number of prompts to sample, e.g. --pilot 64"
+        )
     for line in plan(_source(options), options.overrides, cpus=options.cpus, gpus=options.gpus).lines():  # type: ignore[arg-type]
         _emit(line)
+    if options.pilot is not None:
+        from rc_ray.pipeline.pilot import pilot
+
+        prediction = pilot(
+            _source(options), options.overrides, num_prompts=options.pilot, price=options.price_per_gpu_hour, emit=_emit
+        )
+        for line in prediction.lines():
+            _emit(line)
 
 
 def _doctor(options: argparse.Namespace) -> int:

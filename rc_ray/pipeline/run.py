@@ -23,6 +23,7 @@ from rc_ray.ledger.lock import DriverLock
 from rc_ray.ledger.rundir import RunDir
 from rc_ray.ledger.storage import Folder
 from rc_ray.pipeline import stages
+from rc_ray.pipeline.pilot import pilot_lines
 from rc_ray.pipeline.plan import make_plan
 from rc_ray.pipeline.progress import duration
 
@@ -63,6 +64,8 @@ class RunResult:
         shown += [f"    {count:6d}  {reason}" for reason, count in sorted(identity["drops"].items(), key=lambda i: -i[1])]
         if "evaluation" in self.metrics:
             shown += ["rewards before and after training", *("  " + line for line in comparison(self.metrics).lines())]
+        if "pilot" in self.metrics:
+            shown += pilot_lines(self.metrics["pilot"])
         if "training" in self.metrics:
             shown.append(f"model          {self.model}")
         return [*shown, f"report         {self.run_dir}/report/index.html"]

@@ -31,6 +31,7 @@ from rc_ray.models.identity import model_identity
 from rc_ray.models.resolve import check_model, local_model, max_context
 from rc_ray.pipeline import prompts as sources
 from rc_ray.pipeline.graph import GroupRun, budget_end, policy_of, run_groups
+from rc_ray.pipeline.pilot import side_by_side
 from rc_ray.pipeline.plan import Plan
 from rc_ray.rewards.rule import load_function
 
@@ -181,7 +182,28 @@ def sample_and_score(
     if is_done(groups, SCORE if score else SAMPLE):
         return None
     assert session is not None
-    return run_groups(groups, config, session.plan, session.board, sample, score)
+    ended = run_groups(groups, config, session.plan, session.board, sample, score)
+    _record_timing(run, session)
+    return ended
+
+
+def _record_timing(run: RunDir, session: Session) -> None:
+    """Adds this session's tokens and seconds of sampling and scoring to the manifest, from the first worker that was ready on."""
+    import ray
+
+    counts, _ = ray.get(session.board.state.remote())
+    worked = [counts[stage] for stage in (SAMPLE, SCORE) if stage in counts and counts[stage].updated_s > counts[stage].ready_s]
+    if not worked:
+        return
+    before = run.manifest().get("timing") or {"tokens": 0, "seconds": 0.0}
+    pools = {session.plan.generation.name: session.plan.generation, **session.plan.rewards}
+    run.update_manifest(
+        timing={
+            "tokens": before["tokens"] + (counts[SAMPLE].tokens if SAMPLE in counts else 0),
+            "seconds": before["seconds"] + max(s.updated_s for s in worked) - min(s.ready_s for s in worked),
+            "gpus": max(sum(pools[name].total_gpus for name in phase) for phase in session.plan.phases),
+        }
+    )
 
 
 def select_chunk(items: pa.Table, run: RunDir, config: Config, fitted: Fitted) -> pa.Table:
@@ -330,6 +352,9 @@ def report(config: Config, run: RunDir) -> dict[str, Any]:
         metrics["training"] = ledger.facts(TRAIN)
     if ledger.is_finished(EVALUATE):
         metrics["evaluation"] = ledger.facts(EVALUATE)
+    predicted = side_by_side(run, metrics)
+    if predicted is not None:
+        metrics["pilot"] = predicted
     run.root.write_json("metrics.json", metrics)
     write_report(run)
     return metrics
