@@ -47,9 +47,11 @@ class Selection(NamedTuple):
     drops: Dataset
 
 
-def run(config: ConfigSource, overrides: Iterable[str] = (), *, emit: stages.Emit = print) -> RunResult:
+def run(
+    config: ConfigSource, overrides: Iterable[str] = (), *, fork_from: str | None = None, emit: stages.Emit = print
+) -> RunResult:
     """Runs all stages in the run directory `config.output`, or resumes there. See `rc_ray.pipeline.run.run`."""
-    result = pipeline.run(config, overrides, emit=emit)
+    result = pipeline.run(config, overrides, fork_from=fork_from, emit=emit)
     assert result is not None
     return result
 

@@ -68,6 +68,9 @@ def _parser() -> argparse.ArgumentParser:
         "run", help="run all stages, or resume", description="Runs all stages; on an existing run directory, resumes."
     )
     _config_options(run, "YAML file, `embedded:demo`, or an existing run directory")
+    run.add_argument(
+        "--fork-from", metavar="RUN", help="begin with the candidates and rewards of another run that are still valid"
+    )
     run.set_defaults(handler=_run)
 
     for name, (help_text, input_help, output_help) in STAGE_HELP.items():
@@ -166,7 +169,7 @@ def _source(options: argparse.Namespace) -> object:
 def _run(options: argparse.Namespace) -> None:
     from rc_ray.pipeline.run import run
 
-    run(_source(options), options.overrides, emit=_emit)  # type: ignore[arg-type]
+    run(_source(options), options.overrides, fork_from=options.fork_from, emit=_emit)  # type: ignore[arg-type]
 
 
 def _stage(options: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ from rc_ray.ledger.lock import DriverLock
 from rc_ray.ledger.rundir import RunDir
 from rc_ray.ledger.storage import Folder
 from rc_ray.pipeline import stages
+from rc_ray.pipeline.fork import fork
 from rc_ray.pipeline.pilot import pilot_lines
 from rc_ray.pipeline.plan import make_plan
 from rc_ray.pipeline.progress import duration
@@ -82,7 +83,12 @@ def comparison(metrics: dict[str, Any]) -> Comparison:
 
 
 def run(
-    config: ConfigSource, overrides: Iterable[str] = (), *, only: str | None = None, emit: stages.Emit = print
+    config: ConfigSource,
+    overrides: Iterable[str] = (),
+    *,
+    only: str | None = None,
+    fork_from: str | None = None,
+    emit: stages.Emit = print,
 ) -> RunResult | None:
     """Runs all stages, or goes on where an earlier run of the same configuration stopped.
 
@@ -90,6 +96,7 @@ def run(
         config: YAML file, `embedded:demo`, mapping or `Config`.
         overrides: `a.b=value` strings.
         only: one of `STAGES` to run that stage alone.
+        fork_from: another run directory, of which what is still valid is taken over.
         emit: gets every line of progress.
 
     Returns:
@@ -103,6 +110,8 @@ def run(
     hashes = stages.check(resolved)
     emit(f"rc_ray    run directory {resolved.output}, configuration {fingerprint(resolved)[:8]}")
     with DriverLock(Folder.at(resolved.output), emit):
+        if fork_from is not None:
+            fork(fork_from, resolved, hashes, emit)
         run_dir = stages.prepare(resolved, hashes, emit)
         todo = pending(resolved, run_dir, only)
         ended = stages.ended_early(resolved, run_dir)

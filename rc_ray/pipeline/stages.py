@@ -143,13 +143,13 @@ def pin_models(config: Config, run: RunDir) -> None:
     for reward in config.rewards.values():
         if reward.kind == "classifier":
             found[reward.model] = model_identity(reward.model, reward.revision)
-    recorded = run.manifest().get("models", found)
-    changed = [f"{name}: {recorded.get(name)} -> {value}" for name, value in found.items() if recorded.get(name) != value]
+    recorded = run.manifest().get("models", {})
+    changed = [f"{name}: {recorded[name]} -> {value}" for name, value in found.items() if recorded.get(name, value) != value]
     if changed:
         raise ResumeError(
             f"output = {run.root.uri!r}: the run began with other models ({'; '.join(changed)}); put them back or give another output"
         )
-    run.update_manifest(models=found)
+    run.update_manifest(models={**recorded, **found})
 
 
 def training_groups(config: Config, run: RunDir) -> GroupRun:

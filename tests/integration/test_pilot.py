@@ -28,7 +28,7 @@ def test_plan_with_a_pilot_predicts_and_the_run_is_compared_with_it(
         "training": {"enabled": False},
         "evaluation": {},
     }
-    (tmp_path / "my.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     assert main(["plan", str(tmp_path / "my.yaml"), "--pilot", "12", "--price-per-gpu-hour", "2"]) == 0
     printed = capsys.readouterr().out
     for words in ("12 of 31 prompts", "cost per pair", "N=6 *", "adaptive 2..6", "helpful + harmless + length"):

@@ -46,6 +46,14 @@ def test_equals_the_definition(data: st.DataObject, rewards: NDArray[np.float64]
     assert consistency_matrix(rewards, **rule).tolist() == expected
 
 
+@pytest.mark.parametrize(("agreeing", "members"), [(1, 3), (2, 3), (7, 25), (29, 35)])  # 7 / 25 * 25 is a little more than 7
+def test_a_share_is_a_number_of_members(agreeing: int, members: int) -> None:
+    options = {"members": [0] * members, "shares": [agreeing / members]}
+    for votes, expected in ((agreeing - 1, False), (agreeing, True)):
+        rewards = np.stack([np.arange(members) < votes, np.zeros(members)]).astype(np.float64)
+        assert consistency_matrix(rewards, **options)[0, 1] == expected
+
+
 @given(st.data(), matrices(st.integers(1, 4)))
 def test_never_in_both_directions_without_relaxations(data: st.DataObject, rewards: NDArray[np.float64]) -> None:
     matrix = consistency_matrix(rewards, **data.draw(rules(rewards.shape[1], [0.0, 0.25, 1.0], relaxed=False)))

@@ -158,16 +158,21 @@ def test_selection_equals_the_definition(
     check(groups, data.draw(configs(strategy, gap, columns)), columns)
 
 
-@pytest.mark.parametrize("strategy", ["rcs", "rc_all", "best_random", "sweet_spot", "pareto", "lsc"])
-def test_hundreds_of_candidates(strategy: str) -> None:
-    rng = np.random.default_rng(0)
-    rewards = np.round(rng.normal(size=(270, 2)) * 4) / 4
-    answers = tuple(
-        Answer(str(i % 200), tuple(row), "length" if i % 7 == 0 else "stop") for i, row in enumerate(rewards.tolist())
-    )
-    options: dict[str, Any] = {"rc_all": {"max_pairs": 50}, "pareto": {"gap": "primary:b"}}.get(strategy, {})
-    check([Group("0", answers)], SelectionConfig(strategy=strategy, **options, scale="data" if "gap" in options else "group")
-          if strategy != "lsc" else SelectionConfig(strategy=strategy), "ab")  # fmt: skip
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [
+        ("rcs", {"scale": "group"}),
+        ("rc_all", {"scale": "group", "max_pairs": 50}),
+        ("best_random", {"gap": "sum"}),
+        ("sweet_spot", {"scale": "group"}),
+        ("pareto", {"gap": "primary:b"}),
+        ("lsc", {}),
+    ],
+)
+def test_hundreds_of_candidates(strategy: str, options: dict[str, Any]) -> None:
+    rewards = np.random.default_rng(0).choice([-1.0, 0.0, 0.25, 1.0, 3.0], (270, 2)).tolist()
+    answers = [Answer(str(i % 200), tuple(row), "length" if i % 7 == 0 else "stop") for i, row in enumerate(rewards)]
+    check([Group("0", tuple(answers))], SelectionConfig(strategy=strategy, **options), "ab")
 
 
 def test_more_pairs_than_are_written_at_a_time() -> None:
@@ -331,6 +336,17 @@ def test_arrays_give_what_tables_give(data: st.DataObject, strategy: str, gap: s
     ]
     assert np.flatnonzero(found.status).tolist() == [int(row["prompt_id"]) for row in selected.drops.to_pylist()]
     assert found.num_beyond_cap == selected.num_beyond_cap
+
+
+@pytest.mark.parametrize("config", ONE_OF_EACH)
+def test_arrays_may_be_of_any_length(config: SelectionConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    n = 2 if config.strategy == "rc_filter" else 5
+    rewards = np.random.default_rng(0).normal(size=(20, n, 2)).astype(np.float32)
+    config, fitted = config.model_copy(update={"max_length_ratio": None}), Fitted({"a": 1.0, "b": 2.0}, {"a": 1.0, "b": 0.5})
+    whole = select_indices(rewards, config, fitted, objectives=["a", "b"])
+    monkeypatch.setattr(selection, "BLOCK", 7)
+    for one, other in zip(whole, select_indices(rewards, config, fitted, objectives=["a", "b"]), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_random_losers_are_uniform_and_follow_seed_and_prompt() -> None:

@@ -1,0 +1,65 @@
+"""A run that begins with what is valid of another one."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+import rc_ray
+from rc_ray.config import SelectionConfig
+from rc_ray.core.selection import select_pairs
+from rc_ray.ledger import rundir
+from tests.conftest import FinishedRun
+
+
+def forked(finished_run: FinishedRun, folder: Path, **sections: Any) -> tuple[Path, list[str]]:
+    config = copy.deepcopy(finished_run.config) | {"training": {"enabled": False}, "evaluation": {}, "output": str(folder)}
+    for name, options in sections.items():
+        config[name] = {**config[name], **options}
+    lines: list[str] = []
+    result = rc_ray.run(config, fork_from=str(finished_run.folder), emit=lines.append)
+    assert result.metrics["identity"]["prompts"] == 38
+    assert result.metrics["sampling"] == finished_run.result.metrics["sampling"]
+    return folder, lines
+
+
+def candidates(folder: Path, *columns: str) -> list[dict[str, Any]]:
+    return list(
+        pq.read_table(folder / "candidates").sort_by("prompt_id").select(["prompt_id", "candidates", *columns]).to_pylist()
+    )
+
+
+def test_another_selection_samples_and_scores_nothing(finished_run: FinishedRun, tmp_path: Path) -> None:
+    folder, lines = forked(finished_run, tmp_path / "weak", selection={"consistency": "weak", "gap": "sum"})
+    assert any("rewards kept: all" in line for line in lines)
+    assert "rc_ray    to do: select" in lines
+    columns = ["reward.helpful", "reward.harmless", "reward.length"]
+    assert candidates(folder, *columns) == candidates(finished_run.folder, *columns)
+    config = SelectionConfig(consistency="weak", gap="sum", allow_truncated_winner=True)
+    expected = select_pairs(pq.read_table(folder / "candidates"), config).pairs.sort_by("prompt_id")
+    found = pq.read_table(folder / "pairs").sort_by("prompt_id")
+    for column in ("prompt_id", "chosen_index", "rejected_index", "gap"):
+        assert found.column(column).to_pylist() == expected.column(column).to_pylist()
+    assert rundir.open_existing(str(folder)).manifest()["forked_from"]["run"] == str(finished_run.folder)
+
+
+def test_another_reward_is_scored_alone(finished_run: FinishedRun, tmp_path: Path) -> None:
+    rule = {"kind": "rule", "function": "rc_ray.rewards.rules:length_near", "args": {"target_words": 1}}
+    folder, lines = forked(finished_run, tmp_path / "short", rewards={"length": rule})
+    assert any("rewards kept: helpful, harmless" in line for line in lines)
+    assert "rc_ray    to do: score, select" in lines
+    kept = ["reward.helpful", "reward.harmless"]
+    assert candidates(folder, *kept) == candidates(finished_run.folder, *kept)
+    for group in candidates(folder, "reward.length"):
+        assert group["reward.length"] == [-abs(len(c["text"].split()) - 1) for c in group["candidates"]]
+
+
+def test_other_candidates_are_not_taken_over(finished_run: FinishedRun, tmp_path: Path) -> None:
+    config = finished_run.config | {"output": str(tmp_path / "run"), "seed": 7}
+    with pytest.raises(rc_ray.ConfigError, match=r"--fork-from .* candidates are not those[^$]*seed: 0 -> 7"):
+        rc_ray.run(config, fork_from=str(finished_run.folder), emit=lambda _: None)
+    assert not (tmp_path / "run").exists()
