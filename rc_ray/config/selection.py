@@ -17,6 +17,8 @@ Strategy = Literal[
     "rcs", "rc_all", "rc_filter", "best_worst", "best_random", "sweet_spot", "rs_dpo", "mixed", "pareto", "lsc", "map"
 ]  # fmt: skip
 PRIMARY = "primary:"
+# Scales and weights within it keep every score of float32 rewards finite.
+EXTREME = 1e100
 # Gaps that are a difference of one number per candidate; the others compare pairs only.
 ADDITIVE = ("sum", "standardized_sum", PRIMARY)
 
@@ -100,7 +102,7 @@ class SelectionConfig(Section):
     max_pairs: int | None = Field(None, ge=1)
     """Most pairs per prompt that `rc_all` and `rs_dpo` keep, largest gaps first; what is left out is counted. None: all."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=1 << 63)
     """Seed of the draw in `best_random`; the draw depends on it and on the prompt alone."""
 
     rejected_at: float = -2.0
@@ -145,16 +147,20 @@ class SelectionConfig(Section):
     @classmethod
     def _positive(cls, value: Any) -> Any:
         for name, scale in value.items() if isinstance(value, dict) else ():
-            if scale <= 0:
-                raise ValueError(f"scale of {name} is {scale}; a scale must be positive")
+            if not 1 / EXTREME <= scale <= EXTREME:
+                raise ValueError(
+                    f"scale of {name} is {scale}; a scale must be positive, between {1 / EXTREME:g} and {EXTREME:g}"
+                )
         return value
 
     @field_validator("weights")
     @classmethod
     def _weights(cls, value: dict[str, float]) -> dict[str, float]:
         for name, weight in value.items():
-            if weight < 0:
-                raise ValueError(f"weight of {name} is {weight}; a weight is 0 or more (turn the reward's sign instead)")
+            if not 0 <= weight <= EXTREME:
+                raise ValueError(
+                    f"weight of {name} is {weight}; a weight is from 0 to {EXTREME:g} (turn the reward's sign instead)"
+                )
         if value and not any(value.values()):
             raise ValueError("all weights are 0; give at least one that is positive")
         return value
@@ -188,6 +194,10 @@ class SelectionConfig(Section):
             raise ValueError(f"a given scale has no effect with strategy {self.strategy} and gap {self.gap}; remove it")
         if self.reference is not None and self.reference_quantile != type(self).model_fields["reference_quantile"].default:
             raise ValueError("reference_quantile has no effect when reference is given; remove one of the two")
+        if self.strategy == "map" and self.ensembles and self.scale == "group":
+            raise ValueError(
+                "strategy map weighs ensembles over all the data, which scale: group does not have; use scale: data"
+            )
         if self.strategy == "map" and not self.targets:
             raise ValueError("strategy map needs targets, e.g. targets: {helpful: 1.5}")
         return self

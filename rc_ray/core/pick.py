@@ -82,7 +82,7 @@ def mark_unusable(groups: Any) -> None:
         elif groups.text_offsets.size:
             same = True
             for i in range(low + 1, high):
-                if not _same_text(groups.text_offsets, groups.text_bytes, low, i):
+                if not same_text(groups.text_offsets, groups.text_bytes, low, i):
                     same = False
                     break
             if same:
@@ -90,7 +90,7 @@ def mark_unusable(groups: Any) -> None:
 
 
 @compiled
-def _same_text(offsets: Any, text: Any, i: int, j: int) -> bool:
+def same_text(offsets: Any, text: Any, i: int, j: int) -> bool:
     """Whether candidates i and j (positions in the flat arrays) are the same answer; never without texts."""
     if offsets.size == 0:
         return False
@@ -230,7 +230,7 @@ def _largest(groups: Any, scores: Any, rule: Any, max_ratio: float) -> Any:
                 else:
                     allowed = _consistent(rewards, rule, g, a, b, score, other)
                 l = order[b]  # noqa: E741
-                if not allowed or _same_text(text_offsets, text_bytes, low + w, low + l):
+                if not allowed or same_text(text_offsets, text_bytes, low + w, low + l):
                     continue
                 if rule.kind == DOMINATES:
                     dominated = False
@@ -301,7 +301,7 @@ def _partner(groups: Any, scores: Any, max_ratio: float, nearest: bool, deviatio
                     continue
                 count = 0
                 for b in range(first):
-                    if _same_text(text_offsets, text_bytes, low + w, low + order[b]):
+                    if same_text(text_offsets, text_bytes, low + w, low + order[b]):
                         continue
                     if cut:
                         blocked |= 1
@@ -420,7 +420,7 @@ def _every(
                 if not allowed:
                     continue
                 value = score - scores[l] if gap_kind == ADDITIVE else _standardised(values, own, gap_kind, w, l)
-                if not value > threshold or _same_text(text_offsets, text_bytes, w, l):
+                if not value > threshold or same_text(text_offsets, text_bytes, w, l):
                     continue
                 if truncated.size > 0 and truncated[w]:
                     blocked |= 1
@@ -437,7 +437,7 @@ def _every(
         for i in range(n):
             code[i] = i
             for j in range(i):
-                if _same_text(text_offsets, text_bytes, low + i, low + j):
+                if same_text(text_offsets, text_bytes, low + i, low + j):
                     code[i] = code[j]
                     break
         # The same two texts make one pair at most: two candidates may be equal, and equal texts may have unequal rewards.

@@ -83,6 +83,8 @@ def make_rule(
         ValueError: an argument is out of range.
     """
     margins = np.atleast_2d(np.asarray(margin, dtype=np.float64))
+    if np.isnan(margins).any():
+        raise ValueError(f"margins {margins.tolist()} hold NaN, which no difference exceeds; give numbers")
     objective = np.arange(margins.shape[1]) if members is None else np.asarray(members, dtype=np.int64)
     sizes = np.bincount(np.maximum(objective, 0))
     if objective.shape != (margins.shape[1],) or (objective < 0).any() or not sizes.all():

@@ -26,6 +26,7 @@ from rc_ray.core import pick
 from rc_ray.core.compiled import compiled
 from rc_ray.core.groups import ScoredTable, is_preference, read_scored, reward_columns
 from rc_ray.core.measure import Fitted
+from rc_ray.core.pick import same_text
 from rc_ray.core.selection import BLOCK, fit_selection, flat_groups, merge, selection_objectives
 from rc_ray.core.strategies import STRATEGIES, prepare
 
@@ -34,32 +35,44 @@ QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
 
 @compiled
-def _count_groups(values: Any, margins: Any, offsets: Any, status: Any, consistent: Any, signs: Any) -> None:
+def _count_groups(
+    values: Any, margins: Any, offsets: Any, status: Any, text_offsets: Any, text_bytes: Any, consistent: Any, signs: Any
+) -> None:
     """Adds the counts of usable groups.
 
     consistent: (2^K, L), whose running sum over n is the groups with at least n candidates of which the first n hold a pair on which
     every objective of the subset (bit k) differs by more than its margin in the same direction; the empty subset counts all
     groups with at least n candidates, from n = 2. signs: (K, K, 3): pairs of answers that objectives i and j order alike,
-    oppositely, or that one of them ties.
+    oppositely, or that one of them ties. As in selection, two equal texts are no pair, and where a negative margin lets both
+    directions hold, a tie on all objectives is none.
     """
     width = values.shape[1]
     subsets = 1 << width
-    least = np.empty(subsets, dtype=np.int64)
+    least, relaxed = np.empty(subsets, dtype=np.int64), np.empty(subsets, dtype=np.int64)
     for g in range(offsets.size - 1):
         if status[g] != 0:
             continue
         low, n = offsets[g], offsets[g + 1] - offsets[g]
         margin = margins[g if margins.shape[0] > 1 else 0]
         least[:] = n + 1  # number of first candidates that a pair with exactly these objectives needs
+        relaxed[:] = n + 1
         for a in range(1, n):
             for b in range(a):
-                forward, backward = 0, 0
+                forward, backward, unequal = 0, 0, 0
                 for k in range(width):
                     difference = np.float64(values[low + a, k]) - np.float64(values[low + b, k])
                     forward |= (difference > margin[k]) << k
                     backward |= (-difference > margin[k]) << k
-                least[forward] = min(least[forward], a + 1)
-                least[backward] = min(least[backward], a + 1)
+                    unequal |= (difference != 0) << k
+                if not forward | backward or same_text(text_offsets, text_bytes, low + a, low + b):
+                    pass
+                elif forward & backward:
+                    for s in range(subsets):
+                        if s & unequal and (s & forward == s or s & backward == s):
+                            relaxed[s] = min(relaxed[s], a + 1)
+                else:
+                    least[forward] = min(least[forward], a + 1)
+                    least[backward] = min(least[backward], a + 1)
                 for i in range(width):
                     x, y = values[low + a, i], values[low + b, i]
                     for j in range(i + 1, width):
@@ -77,6 +90,7 @@ def _count_groups(values: Any, margins: Any, offsets: Any, status: Any, consiste
                     least[s] = min(least[s], least[s | 1 << k])
         least[0] = 2
         for s in range(subsets):
+            least[s] = min(least[s], relaxed[s])
             if least[s] <= n:
                 consistent[s, least[s]] += 1
                 consistent[s, n + 1] -= 1
@@ -229,7 +243,8 @@ class ReportBuilder:
         beyond = self._most + 2 - self._consistent.shape[1]
         if beyond > 0:
             self._consistent = np.pad(self._consistent, ((0, 0), (0, beyond)))
-        _count_groups(shown, margins, offsets, status, self._consistent, signs)
+        texts = groups.text_offsets, groups.text_bytes
+        _count_groups(shown, margins, offsets, status, *texts, self._consistent, signs)
         self._signs[:width, :width] += signs
 
     def _run(self, data: ScoredTable, config: SelectionConfig, tally: _Tally, lengths: NDArray[np.int32], keep: bool) -> None:

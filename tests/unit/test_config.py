@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rc_ray.config import differences, fingerprint, load_config, result_fields, to_yaml
+from rc_ray.config import SelectionConfig, differences, fingerprint, load_config, result_fields, to_yaml
 from rc_ray.errors import ConfigError
 
 GOOD: dict[str, Any] = {
@@ -137,3 +137,21 @@ def test_adaptive_sampling_needs_a_rule_that_is_known_while_it_samples(overrides
     with pytest.raises(ConfigError, match=words):
         load_config(GOOD, ["generation.max_candidates=16", *overrides])
     load_config(GOOD, ["generation.max_candidates=16", "generation.target_gap=1", "selection.gap=sum"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["selection.scale={helpful: 1.0e-300, harmless: 1.0}"], "between 1e-100 and 1e\\+100"),
+        (["selection.weights={helpful: 1.0e+300}"], "from 0 to 1e\\+100"),
+        (["selection.strategy=best_random", f"selection.seed={1 << 63}"], "selection.seed"),
+    ],
+)
+def test_numbers_with_which_no_score_could_be_computed_are_refused(overrides: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_config(GOOD, overrides)
+
+
+def test_map_cannot_weigh_ensembles_by_group() -> None:
+    with pytest.raises(ValueError, match="use scale: data"):
+        SelectionConfig(strategy="map", ensembles={"e": {"members": ["b", "c"]}}, scale="group", targets={"e": 0.5})

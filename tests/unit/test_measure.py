@@ -120,13 +120,13 @@ def test_map_finds_the_weights_that_its_targets_were_made_with(seed: int, bindin
     weights = map_weights(rewards, targets, list("abcd"[:width]))
     excess = (np.asarray(tilted_means(rewards, weights)) - targets) / spread
     assert (weights >= 0).all()
-    assert (excess > -1e-8).all()
-    assert np.abs(excess * weights * spread).max() < 1e-8
-    # How far a mean that is off by 1e-8 may move the weights depends on how alike the objectives are.
+    assert (excess > -1e-6).all()
+    assert np.abs(excess * weights * spread).max() < 1e-6
+    # How far a mean that is off by 1e-6 may move the weights depends on how alike the objectives are.
     z = rewards / spread
     odds = np.exp(z @ (true * spread) - (z @ (true * spread)).max())
     covariance = np.cov(z[:, binding].T, aweights=odds / odds.sum(), ddof=0).reshape(sum(binding), sum(binding))
-    assert np.abs((weights - true) * spread).max() < 1e-7 / np.linalg.eigvalsh(covariance)[0] + 1e-9
+    assert np.abs((weights - true) * spread).max() < 1e-5 / np.linalg.eigvalsh(covariance)[0]
 
 
 def test_map_on_two_outcomes_gives_the_log_odds() -> None:

@@ -133,3 +133,8 @@ def test_no_difference_is_too_small_or_too_large_to_see_its_sign(rewards: NDArra
 def test_wrong_arguments_are_named(rewards: NDArray[np.float64], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         consistency_matrix(rewards, **options)
+
+
+def test_a_margin_that_is_no_number_is_refused() -> None:
+    with pytest.raises(ValueError, match="margins .* hold NaN"):
+        consistency_matrix(np.zeros((2, 2)), margins=np.array([0.0, np.nan]))

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import shutil
+import subprocess
+import sys
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +20,7 @@ from rc_ray.core.ids import prompt_id
 from rc_ray.core.selection import select_indices, select_pairs
 from rc_ray.core.selection_report import selection_report
 from rc_ray.errors import ConfigError, DataError
+from tests.conftest import ROOT
 from tests.unit.selection_reference import Answer, Group, group_table, numbered_groups, preference_table
 
 RC_FILTER = SelectionConfig(strategy="rc_filter", gap="sum")
@@ -376,3 +381,43 @@ def test_report_runs_the_other_strategies_with_what_they_use(scale: Any) -> None
     config = SelectionConfig(ensembles={"e": {"members": ["b", "c"]}}, scale=scale, gap="min")
     report = selection_report(group_table(report_groups(), "abc"), config)
     assert {"best_worst by a", "best_worst by e", "rc_all", "lsc"} < set(report.strategies)
+
+
+def test_report_counts_no_pair_that_selection_does_not_take() -> None:
+    equal = Group("equal texts", (Answer("x", (2.0, 2.0)), Answer("x", (1.0, 1.0)), Answer("y", (1.5, 3.0))))
+    tied = Group("tied", (Answer("x", (1.0, 1.0)), Answer("y", (1.0, 1.0))))
+    yields = selection_report(group_table([equal], "ab")).consistency["a + b"]
+    assert yields == {2: 0.0, 3: 1.0}
+    config = SelectionConfig(margins={"a": -1.0, "b": -1.0})
+    assert selection_report(group_table([tied], "ab"), config).consistency["a + b"] == {2: 0.0}
+    assert select_pairs(group_table([tied], "ab"), config).pairs.num_rows == 0
+    half = Group("half tied", (Answer("x", (1.0, 1.0)), Answer("y", (1.0, 1.5))))
+    report = selection_report(group_table([half], "ab"), config).consistency
+    assert {name: by_n[2] for name, by_n in report.items()} == {"a": 0.0, "b": 1.0, "a + b": 1.0}
+
+
+STALE = """
+import numpy as np
+from rc_ray.config import SelectionConfig
+from rc_ray.core.selection import select_indices
+rewards = np.asarray([[[1.0, 1.0], [1.0, 0.0]]], dtype=np.float32)
+print(select_indices(rewards, SelectionConfig(consistency="weak", gap="sum")).group.size)
+"""
+
+
+def test_compiled_code_that_is_kept_is_not_used_after_a_change_of_what_it_calls(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "rc_ray", tmp_path / "rc_ray", ignore=shutil.ignore_patterns("__pycache__"))
+    rule = tmp_path / "rc_ray" / "core" / "rule.py"
+
+    def pairs() -> str:
+        command = [sys.executable, "-c", STALE]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=300)
+        return done.stdout.strip()
+
+    assert pairs() == "1"
+    assert any(rule.parent.glob("__pycache__/pick._largest*.nbi"))
+    source = rule.read_text()
+    changed = source.replace("return bool(better or rule.mode == LEXICOGRAPHIC)", "return False")
+    assert changed != source
+    rule.write_text(changed)
+    assert pairs() == "0"
