@@ -136,5 +136,5 @@ def test_wrong_arguments_are_named(rewards: NDArray[np.float64], options: dict[s
 
 
 def test_a_margin_that_is_no_number_is_refused() -> None:
-    with pytest.raises(ValueError, match="margins .* hold NaN"):
+    with pytest.raises(ValueError, match=r"margins .* hold NaN"):
         consistency_matrix(np.zeros((2, 2)), margins=np.array([0.0, np.nan]))

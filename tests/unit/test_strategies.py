@@ -91,7 +91,8 @@ def configs(draw: st.DrawFn, strategy: str, gap: str | None, columns: str) -> Se
     options["max_length_ratio"] = draw(st.sampled_from([None, None, 1.0, 1.5]))
     if SelectionConfig(**options).uses_scale:
         given = {column: draw(st.sampled_from([1.0, 3.0])) for column in columns}
-        options["scale"] = draw(st.sampled_from(["data", "group", given]))
+        # MAP weighs ensembles over all the data, so it has no use for a scale per group.
+        options["scale"] = draw(st.sampled_from(["data", given] if options["strategy"] == "map" else ["data", "group", given]))
     return SelectionConfig(**options)
 
 
