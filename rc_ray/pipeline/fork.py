@@ -19,8 +19,8 @@ from rc_ray.ledger import rundir
 from rc_ray.ledger.ledger import chunk_name
 from rc_ray.ledger.rundir import RunDir
 from rc_ray.ledger.storage import Folder
+from rc_ray.pipeline.stages import PROMPTS, SAMPLE, SCORE
 
-PROMPTS, SAMPLE, SCORE = "prompts", "sample", "score"
 # What decides which candidates are sampled.
 SAMPLING = ("model", "revision", "trust_remote_code", "seed", "prompts", "generation")
 

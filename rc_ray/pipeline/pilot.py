@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from rc_ray.config import BudgetConfig, Config, SelectionConfig, load_config
+from rc_ray.config import BudgetConfig, Config, load_config
 from rc_ray.core import schemas
 from rc_ray.core.ids import prompt_id
 from rc_ray.core.selection import fit_selection, select_pairs
@@ -165,17 +165,22 @@ def _draw(config: Config, number: int) -> tuple[list[Any], int]:
 def _predict(config: Config, directory: RunDir, num_prompts: int, price: float | None) -> Prediction:
     groups = directory.candidates.read_all()
     timing = directory.manifest()["timing"]
-    most = int(np.max([len(row or ()) for row in groups.column("candidates").to_pylist()], initial=0))
+    lengths = [[len(c["token_ids"]) for c in row or ()] for row in groups.column("candidates").to_pylist()]
+    most = max(map(len, lengths), default=0)
     if most < 2:
         raise DataError("the pilot has no prompt with two answers; look at its drops/")
     sizes = [2**i for i in range(1, most.bit_length()) if 2**i < most] + [most]
-    lengths = [[len(c["token_ids"]) for c in row or ()] for row in groups.column("candidates").to_pylist()]
+    start = config.generation.num_candidates if config.generation.max_candidates else 2
+    rounds = [start]
+    while rounds[-1] < most:
+        rounds.append(min(2 * rounds[-1], most))
     selection = config.selection
     fitted = fit_selection([groups], selection)
+    ids = groups.column("prompt_id").to_numpy(zero_copy_only=False)
     paired, tokens = {}, {}
-    for n in sizes:
+    for n in sorted({*sizes, *rounds}):
         found = select_pairs(_first(groups, n), selection, fitted).pairs.column("prompt_id").to_pylist()
-        paired[n] = np.isin(groups.column("prompt_id").to_numpy(zero_copy_only=False), found).astype(np.float64)
+        paired[n] = np.isin(ids, found).astype(np.float64)
         tokens[n] = np.asarray([sum(row[:n]) for row in lengths], dtype=np.float64)
     speed = timing["tokens"] / max(timing["seconds"], 1e-9)
 
@@ -192,33 +197,16 @@ def _predict(config: Config, directory: RunDir, num_prompts: int, price: float |
         )
 
     estimates = {f"N={n}": estimate(paired[n], tokens[n]) for n in sizes}
-    start = config.generation.num_candidates if config.generation.max_candidates else 2
-    if _adapts(selection) and start < most:
-        estimates[f"adaptive {start}..{most}"] = estimate(*_adaptive(start, most, groups, lengths, selection, fitted))
+    if selection.strategy in ("rcs", "rc_all") and start < most:
+        # A group takes the answers of the first round that gives it a pair, or of the last one.
+        first = np.argmax([*(paired[n] > 0 for n in rounds[:-1]), np.ones(len(ids), dtype=bool)], axis=0)
+        spent = np.choose(first, [tokens[n] for n in rounds])
+        estimates[f"adaptive {start}..{most}"] = estimate(np.max([paired[n] for n in rounds], axis=0), spent)
     planned = f"adaptive {start}..{most}" if config.generation.max_candidates else f"N={most}"
     return Prediction(
         groups.num_rows, num_prompts, speed, timing["gpus"], price, estimates,
         selection_report(groups, selection, fitted if fitted.scale is not None else None, sizes=sizes).consistency, planned,
     )  # fmt: skip
-
-
-def _adapts(selection: SelectionConfig) -> bool:
-    return selection.strategy in ("rcs", "rc_all")
-
-
-def _adaptive(
-    start: int, most: int, groups: pa.Table, lengths: list[list[int]], selection: SelectionConfig, fitted: Any
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Prompts with a pair, and tokens, when answers double until there is one."""
-    ids = groups.column("prompt_id").to_numpy(zero_copy_only=False)
-    done, used, number = np.zeros(len(ids), dtype=bool), np.zeros(len(ids), dtype=np.int64), start
-    while True:
-        used[~done] = number
-        done |= np.isin(ids, select_pairs(_first(groups, number), selection, fitted).pairs.column("prompt_id").to_pylist())
-        if number == most:
-            spent = np.asarray([sum(row[:n]) for row, n in zip(lengths, used.tolist(), strict=True)], dtype=np.float64)
-            return done.astype(np.float64), spent
-        number = min(2 * number, most)
 
 
 def _first(groups: pa.Table, number: int) -> pa.Table:
