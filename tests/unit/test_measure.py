@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+from decimal import Decimal, localcontext
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -30,21 +31,17 @@ def lists(values: Any) -> pa.Array:
 
 
 def exact_deviation(values: list[float]) -> float:
-    """The float64 nearest to the population standard deviation; 1 where nothing varies."""
+    """The float64 nearest to the population standard deviation, the even one of two as near; 1 where nothing varies."""
     exact = [Fraction(value) for value in values]
     variance = sum((value - sum(exact) / len(exact)) ** 2 for value in exact) / max(len(exact), 1)
     if not variance:
         return 1.0
-    guess = math.sqrt(variance)
-    # Between a float64 and the next lies a midpoint whose square tells on which side of it the root is.
-    for other in (math.nextafter(guess, 0), math.nextafter(guess, math.inf)):
-        beyond = variance - ((Fraction(guess) + Fraction(other)) / 2) ** 2
-        if beyond and (beyond > 0) == (other > guess):
-            return other
-    return guess
+    with localcontext(prec=2000):  # more digits than a root that lies between two float64 can have
+        return float((Decimal(variance.numerator) / Decimal(variance.denominator)).sqrt())
 
 
 @given(LISTS)
+@example([[2.0, 2.547620840158003e16]])  # the root is a tie
 def test_scale_is_the_standard_deviation_correctly_rounded(values: list[list[float | None] | None]) -> None:
     finite = [v for each in values for v in each or () if v is not None and math.isfinite(v)]
     assert Summary.of({"a": lists(values)}).scale() == {"a": exact_deviation(finite)}
