@@ -93,13 +93,17 @@ class GenerateGroups:
         """Fills `candidates` (or `failure`) of every row that has neither; after the end of sampling such a block comes out empty."""
         rows = block.to_pylist()
         todo = [row for row in rows if row["candidates"] is None]
-        if todo and self._reporter.sampling_ended():
+        if todo and not self._may_sample(block):
             return block.slice(0, 0)
         if todo:
             with self._attempts.block(todo[0]["prompt_id"]) as one_by_one:
                 self._sample(todo, self._policy.num_candidates, one_by_one)
         self._reporter.flush()
         return pa.Table.from_pylist(rows, schema=block.schema)
+
+    def _may_sample(self, block: pa.Table) -> bool:
+        """Whether the budget has room for a block. Datasets of the user's have no chunks, and no budget."""
+        return CHUNK not in block.column_names or self._reporter.may_sample(block.column(CHUNK)[0].as_py())
 
     def _sample(self, rows: list[dict[str, Any]], number: int, one_by_one: bool) -> None:
         """Adds candidates to every row until it has `number` of them, or a failure."""
@@ -290,6 +294,6 @@ def commit_groups(
             }
             if selection is not None:
                 counts["paired"] = select_pairs(table, selection, unit_scale(table)).num_paired
-                board.found_pairs.remote(stage, counts["paired"])
+                board.found_pairs.remote(stage, chunk, counts["paired"])
             ledger.commit(stage, chunk, counts, {groups: table})
     return block

@@ -51,7 +51,7 @@ class AdaptiveGroups(GenerateGroups):
         for row in rows:
             row["rewards"] = {name: ([], None) for name in self._scorers}
         todo = [row for row in rows if row["failure"] is None]
-        if any(row["candidates"] is None for row in todo) and self._reporter.sampling_ended():
+        if any(row["candidates"] is None for row in todo) and not self._may_sample(block):
             return self._table([], block.schema)
         if todo:
             with self._attempts.block(todo[0]["prompt_id"]) as one_by_one:

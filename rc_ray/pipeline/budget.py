@@ -1,7 +1,8 @@
 """Ends sampling when enough is spent or found; what is in work is finished and committed.
 
 The progress board compares its counts with the budget; sampling actors ask it before each block and let further blocks pass
-empty. So beyond the budget there are at most the blocks that the engines hold.
+empty. So beyond the budget there are at most the blocks that the engines hold, and with `target_pairs` as many again that wait
+for their rewards: sampling does not run further ahead of them. In phased mode pairs are known too late, so it is refused.
 """
 
 from __future__ import annotations

@@ -191,12 +191,17 @@ def run_groups(run: GroupRun, config: Config, plan: Plan, board: Any, sample: bo
             raise ClusterError(
                 f"generation.max_candidates needs all pools at once, but {plan.mode_reason}; remove it or add resources"
             )
-    if not sample and ended is None:
-        unsampled = set(sizes) - run.ledger.done(run.sample_stage)
-        if unsampled:
-            raise ResumeError(
-                f"{len(unsampled)} of {len(sizes)} chunks are not sampled (first: {min(unsampled)}); run `rc-ray sample` first"
-            )
+    unsampled = set(sizes) - run.ledger.done(run.sample_stage) if ended is None else set()
+    if unsampled and not sample:
+        raise ResumeError(
+            f"{len(unsampled)} of {len(sizes)} chunks are not sampled (first: {min(unsampled)}); run `rc-ray sample` first"
+        )
+    if unsampled and run.bounded and config.budget.target_pairs is not None and not (score and len(plan.phases) == 1):
+        mode = plan.mode_reason if score else "only sampling is asked for"
+        raise ClusterError(
+            f"budget.target_pairs = {config.budget.target_pairs} needs rewards while sampling, but {mode}; "
+            "use budget.max_generated_tokens or budget.deadline, or add resources"
+        )
     last = list(config.rewards)[-1]
     for pools in plan.phases:
         objectives = [name for name in pools if name != GENERATION and score]
@@ -235,6 +240,9 @@ def _run_phase(
     dataset = ray.data.from_arrow([pa.Table.from_pylist([item], schema=ITEM) for item in items]).map_batches(
         actors.load_chunk, batch_size=1, fn_kwargs={"prompts": run.prompts, "groups": run.groups}, **small
     )
+    # While rewards are counted beside sampling: as many blocks as the engines hold may wait for theirs.
+    streaming = sample and score_stage == run.score_stage and run.policy.max_candidates is None
+    ray.get(board.hold_sampling.remote(2 * BLOCKS_PER_ENGINE * plan.generation.size if streaming else None))
     commit = {"ledger": run.ledger, "prompts": run.prompts, "groups": run.groups, "board": board}
     adaptive = None
     if run.policy.max_candidates is not None:

@@ -73,6 +73,8 @@ class ProgressBoard(AttemptBook):
         self._stages: dict[str, StageProgress] = {}
         self._errors: dict[str, str] = {}
         self._bound: tuple[BudgetConfig, str, str, int, int] | None = None
+        self._max_unscored: int | None = None
+        self._unscored: set[int] = set()
 
     def begin(self, name: str, unit: str, total: int, resumed: int = 0) -> None:
         """Opens a stage of which `resumed` units were done before."""
@@ -95,8 +97,9 @@ class ProgressBoard(AttemptBook):
         if stage is not None and stage.ready_s == stage.started_s:
             stage.ready_s = time.monotonic()
 
-    def found_pairs(self, name: str, paired: int) -> None:
-        """Adds prompts with a pair that a stage has committed."""
+    def found_pairs(self, name: str, chunk: int, paired: int) -> None:
+        """Adds prompts with a pair in a chunk that a stage has committed."""
+        self._unscored.discard(chunk)
         stage = self._stages.get(name)
         if stage is not None:
             stage.paired += paired
@@ -104,6 +107,22 @@ class ProgressBoard(AttemptBook):
     def bound(self, budget: BudgetConfig | None, sample_stage: str, score_stage: str, paired: int, tokens: int) -> None:
         """Sets what ends the sampling of a stage, and how much of it was used before; None: nothing does."""
         self._bound = None if budget is None else (budget, sample_stage, score_stage, paired, tokens)
+
+    def hold_sampling(self, max_unscored: int | None) -> None:
+        """From now on, at most so many chunks may be sampled ahead of their rewards while `target_pairs` counts; None: any number."""
+        self._max_unscored = max_unscored
+        self._unscored.clear()
+
+    def may_sample(self, chunk: int) -> bool | None:
+        """Whether a chunk may be sampled; None: not yet, ask again."""
+        if self.sampling_ended() is not None:
+            return False
+        if self._bound is None or self._bound[0].target_pairs is None or self._max_unscored is None:
+            return True
+        if chunk not in self._unscored and len(self._unscored) >= self._max_unscored:
+            return None
+        self._unscored.add(chunk)
+        return True
 
     def sampling_ended(self) -> str | None:
         """Why no further block is to be sampled, or None."""
@@ -149,13 +168,15 @@ class Reporter:
             if time.monotonic() - self._sent_s >= FLUSH_INTERVAL_S:
                 self._send()
 
-    def sampling_ended(self) -> bool:
-        """Whether the budget is used up."""
+    def may_sample(self, chunk: int) -> bool:
+        """Whether the budget has room for a chunk; waits while that depends on chunks whose rewards are still to come."""
         if self._board is None:
-            return False
+            return True
         import ray
 
-        return ray.get(self._board.sampling_ended.remote()) is not None
+        while (answer := ray.get(self._board.may_sample.remote(chunk))) is None:
+            time.sleep(0.2)
+        return bool(answer)
 
     def error(self, text: str, leaving: bool = False) -> None:
         """Sends an error at once; waits until it is there when this process is about to end."""
