@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from rc_ray.config import GenerationConfig, RewardConfig, SelectionConfig
 from rc_ray.core import schemas
@@ -191,8 +192,7 @@ class ScoreGroups:
                 block = block.append_column(field, pa.array(values, field.type))
         if self._last:
             failed = sum(_has_failed(row) for row in block.drop_columns(["prompt", "candidates"]).to_pylist())
-            tokens = sum(len(c["token_ids"]) for group in block.column("candidates").to_pylist() for c in group or [])
-            self._reporter.add(block.num_rows, tokens, failed)
+            self._reporter.add(block.num_rows, count_tokens(block), failed)
             self._reporter.flush()
         return block
 
@@ -241,6 +241,16 @@ class ScoreGroups:
         return "; ".join(f"{n}x {reason}" for reason, n in reasons.items()) or None
 
 
+def _candidates(table: pa.Table) -> pa.StructArray:
+    """All candidates of a table, one after the other."""
+    return table.column("candidates").combine_chunks().flatten()
+
+
+def count_tokens(table: pa.Table) -> int:
+    """Tokens of all candidates of a table."""
+    return pc.sum(pc.list_value_length(pc.struct_field(_candidates(table), "token_ids"))).as_py() or 0
+
+
 def unit_scale(table: pa.Table) -> Fitted:
     """Stands in for the numbers about all the data while these are not there yet: every scale and weight is 1."""
     ones = dict.fromkeys(schemas.scored_objectives(table.schema), 1.0)
@@ -284,12 +294,12 @@ def commit_groups(
     """
     if block.num_rows and not (skip_sampled and block.column(SAMPLED)[0].as_py()):
         for chunk, table in split_chunks(block, prompts).items():
-            candidates = [c for group in table.column("candidates").to_pylist() for c in group or []]
+            candidates = _candidates(table)
             counts = {
                 "groups": table.num_rows,
                 "candidates": len(candidates),
-                "tokens": sum(len(c["token_ids"]) for c in candidates),
-                "truncated": sum(c["finish_reason"] == "length" for c in candidates),
+                "tokens": count_tokens(table),
+                "truncated": pc.sum(pc.equal(pc.struct_field(candidates, "finish_reason"), "length")).as_py() or 0,
                 "failed": sum(_has_failed(row) for row in table.drop_columns(["prompt", "candidates"]).to_pylist()),
             }
             if selection is not None:
