@@ -23,12 +23,10 @@ import os
 
 os.environ |= {"POLARS_MAX_THREADS": "1", "NUMBA_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "ARROW_IO_THREADS": "1"}
 
-import argparse
 import csv
 import gzip
 import itertools
 import json
-import platform
 import shutil
 import statistics
 import subprocess
@@ -37,7 +35,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib import metadata
 from operator import gt
 from pathlib import Path
 from typing import Any
@@ -48,6 +45,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
+from common import ALPACA, MIB, ROOT, Results, machine, options_of, ratios, spread
 from numba import njit
 from numpy.typing import NDArray
 
@@ -57,30 +55,9 @@ from rc_ray.core.selection import fit_array, select_indices
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
-ROOT = Path(__file__).parent.parent.parent
-TEXTS = ROOT.parent / "shared" / "data" / "alpaca_eval"
 Array = NDArray[np.float32]
 Pairs = tuple[NDArray[np.int64], NDArray[np.int64]]  # group, winner * N + loser
 Calls = dict[str, tuple[Callable[[], Any], int]]  # function, groups in it
-MIB = 1 << 20
-
-
-class Results:
-    """What is printed, kept for the JSON file, and decides the exit status."""
-
-    def __init__(self, quick: bool) -> None:
-        self.quick = quick
-        self.numbers: dict[str, Any] = {"quick": quick}
-        self.missed: list[str] = []
-
-    def bar(self, met: bool, text: str) -> None:
-        print(f"{'PASS' if met else 'FAIL'}  {text}", flush=True)
-        self.numbers.setdefault("bars", {})[text] = met
-        self.missed += [] if met else [text]
-
-
-def spread(values: list[float], digits: int = 2) -> str:
-    return f"{statistics.median(values):,.{digits}f} [{min(values):,.{digits}f}-{max(values):,.{digits}f}]"
 
 
 def in_turns(calls: Calls, rounds: int, seconds: float) -> dict[str, list[float]]:
@@ -94,10 +71,6 @@ def in_turns(calls: Calls, rounds: int, seconds: float) -> dict[str, list[float]
                 count += 1
             rates[name].append(groups * count / (time.perf_counter() - start))
     return rates
-
-
-def ratios(a: list[float], b: list[float]) -> list[float]:
-    return [x / y for x, y in zip(a, b, strict=True)]
 
 
 def gaussian(groups: int, n: int, k: int, seed: int = 0, correlation: float = 0.3) -> Array:
@@ -372,10 +345,10 @@ Pool = list[tuple[str, list[str]]]
 
 def text_pool() -> Pool:
     """Prompts with their answers: those of AlpacaEval's models where the data are there, else words drawn at random."""
-    if TEXTS.exists():
-        prompts = [json.loads(line)["instruction"] for line in (TEXTS / "prompts.jsonl").read_text().splitlines()]
+    if ALPACA.exists():
+        prompts = [json.loads(line)["instruction"] for line in (ALPACA / "prompts.jsonl").read_text().splitlines()]
         answers: dict[int, list[str]] = {}
-        with gzip.open(TEXTS / "pool_weighted_gpt4turbo.jsonl.gz", "rt") as file:
+        with gzip.open(ALPACA / "pool_weighted_gpt4turbo.jsonl.gz", "rt") as file:
             for row in map(json.loads, file):
                 answers.setdefault(row["pid"], []).append(row["output"])
         return [(prompts[pid], texts) for pid, texts in answers.items()]
@@ -443,7 +416,7 @@ def measured_select(source: Path, target: Path, rewards: Array, *options: str) -
 
 def part_4(results: Results, folder: Path) -> None:
     unit = 32 * MIB if results.quick else 1024 * MIB
-    print(f"\n4. files (texts: {'AlpacaEval' if TEXTS.exists() else 'random words'})")
+    print(f"\n4. files (texts: {'AlpacaEval' if ALPACA.exists() else 'random words'})")
     pool, rewards = text_pool(), gaussian(400_000, 8, 3, seed=2)
     per_group = scored(pool, rewards[: 8 * len(pool)]).nbytes / (8 * len(pool) * 1.01)  # rather too many groups than too few
     used = {name: rewards[: int(size / per_group)] for name, size in (("big", unit), ("quarter", unit // 4), ("tiny", 1 << 18))}
@@ -480,28 +453,13 @@ def part_4(results: Results, folder: Path) -> None:
     results.bar(most <= 2048, f"--report over {len(rewards):,} groups <= 2 GiB: {most:,.0f} MiB ({run['wall']:.0f} s)")
 
 
-def machine() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    found = {"cpu": cpu, "cores": os.cpu_count(), "memory_gib": round(memory, 1), "python": platform.python_version()}
-    return found | {name: metadata.version(name) for name in ("numpy", "numba", "duckdb", "polars", "pyarrow", "rc_ray")}
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small data; bars are printed but do not count")
-    parser.add_argument("--output", type=Path, help="folder for the numbers and the figure; default: a new temporary one")
-    options = parser.parse_args()
-    output = options.output or Path(tempfile.mkdtemp(prefix="bench_selection_"))
-    output.mkdir(parents=True, exist_ok=True)
+    options, output = options_of(__doc__)
     pa.set_cpu_count(1)
     pa.set_io_thread_count(1)
     results = Results(options.quick)
-    results.numbers["machine"] = machine()
+    results.numbers["machine"] = machine("numpy", "numba", "duckdb", "polars")
     print(json.dumps(results.numbers["machine"]) + "; one thread each")
-    if options.quick:
-        print("--quick: small data; PASS and FAIL are printed, but only wrong results count")
     for n, k, groups, bound in ((8, 3, 200_000, 8), (64, 4, 10_000, 30)):
         part_1(results, n, k, groups, bound)
         part_1(results, n, k, groups, None)
@@ -509,11 +467,7 @@ def main() -> int:
     part_3(results, output)
     with tempfile.TemporaryDirectory() as folder:
         part_4(results, Path(folder))
-    (output / "bench_selection.json").write_text(json.dumps(results.numbers, indent=1) + "\n")
-    print(f"\nnumbers and figure: {output}")
-    if results.missed:
-        print(f"missed{' (small data, does not count)' if options.quick else ''}: {'; '.join(results.missed)}")
-    return int(bool(results.missed) and not options.quick)
+    return results.finish("bench_selection", output)
 
 
 if __name__ == "__main__":

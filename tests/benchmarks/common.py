@@ -1,0 +1,71 @@
+"""What the benchmarks share: results with bars, spreads over rounds, and the machine they ran on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rc_ray.ledger.rundir import versions
+
+ROOT = Path(__file__).parent.parent.parent
+ALPACA = ROOT.parent / "shared" / "data" / "alpaca_eval"
+MIB = 1 << 20
+
+
+class Results:
+    """What is printed, kept for the JSON file, and decides the exit status."""
+
+    def __init__(self, quick: bool) -> None:
+        self.quick = quick
+        self.numbers: dict[str, Any] = {"quick": quick}
+        self.missed: list[str] = []
+
+    def bar(self, met: bool, text: str) -> None:
+        print(f"{'PASS' if met else 'FAIL'}  {text}", flush=True)
+        self.numbers.setdefault("bars", {})[text] = met
+        self.missed += [] if met else [text]
+
+    def finish(self, name: str, output: Path) -> int:
+        """Writes the numbers; the exit status."""
+        (output / f"{name}.json").write_text(json.dumps(self.numbers, indent=1) + "\n")
+        print(f"\nnumbers and figures: {output}")
+        if self.missed:
+            print(f"missed{' (small data, does not count)' if self.quick else ''}: {'; '.join(self.missed)}")
+        return int(bool(self.missed) and not self.quick)
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    return f"{statistics.median(values):,.{digits}f} [{min(values):,.{digits}f}-{max(values):,.{digits}f}]"
+
+
+def ratios(a: list[float], b: list[float]) -> list[float]:
+    return [x / y for x, y in zip(a, b, strict=True)]
+
+
+def machine(*packages: str) -> dict[str, Any]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    found = {"cpu": cpu, "cores": os.cpu_count(), "memory_gib": round(memory, 1)}
+    return found | versions() | {name: metadata.version(name) for name in packages}
+
+
+def options_of(doc: str | None, parser: argparse.ArgumentParser | None = None) -> tuple[argparse.Namespace, Path]:
+    """The options that every benchmark has, and the folder for what it writes."""
+    parser = parser or argparse.ArgumentParser()
+    parser.description, parser.formatter_class = doc, argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--quick", action="store_true", help="small data; bars are printed but do not count")
+    parser.add_argument("--output", type=Path, help="folder for numbers and figures; default: a new temporary one")
+    options = parser.parse_args()
+    output = options.output or Path(tempfile.mkdtemp(prefix="bench_"))
+    output.mkdir(parents=True, exist_ok=True)
+    if options.quick:
+        print("--quick: small data; PASS and FAIL are printed, but only wrong results count")
+    return options, output
