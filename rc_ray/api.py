@@ -11,6 +11,8 @@ Two ways to use a stage:
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,7 +32,7 @@ from rc_ray.pipeline import stages
 from rc_ray.pipeline.plan import Plan, make_plan
 from rc_ray.pipeline.preview import plan
 from rc_ray.pipeline.progress import start_board
-from rc_ray.pipeline.prompts import BadRow, check_source, read_cells, to_messages
+from rc_ray.pipeline.prompts import BadRow, SeenPrompts, check_source, read_cells, to_messages
 from rc_ray.pipeline.run import ConfigSource, RunResult
 from rc_ray.training.reward_model import train_reward
 
@@ -48,9 +50,21 @@ class Selection(NamedTuple):
 
 
 def run(
-    config: ConfigSource, overrides: Iterable[str] = (), *, fork_from: str | None = None, emit: stages.Emit = print
+    config: ConfigSource,
+    overrides: Iterable[str] = (),
+    *,
+    prompts: Dataset | Iterable[Any] | None = None,
+    fork_from: str | None = None,
+    emit: stages.Emit = print,
 ) -> RunResult:
-    """Runs all stages in the run directory `config.output`, or resumes there. See `rc_ray.pipeline.run.run`."""
+    """Runs all stages in the run directory `config.output`, or resumes there. See `rc_ray.pipeline.run.run`.
+
+    Args:
+        prompts: strings or message lists in memory, or a Dataset with the column `prompts.column`, in the place of
+            `prompts.path`. They are kept in `<output>-prompts`, so that the run can be resumed, with or without giving them again.
+    """
+    if prompts is not None:
+        config, overrides = _keep_prompts(config, overrides, prompts), ()
     result = pipeline.run(config, overrides, fork_from=fork_from, emit=emit)
     assert result is not None
     return result
@@ -229,6 +243,25 @@ def report(run_directory: str) -> str:
     return f"{run_dir.report.uri}/index.html"
 
 
+def _keep_prompts(config: ConfigSource, overrides: Iterable[str], prompts: Dataset | Iterable[Any]) -> Config:
+    """The configuration with prompts in memory as its source, written to a file that is named by its content."""
+    resolved = load_config(config, [*overrides, "prompts.path=given"])
+    column = resolved.prompts.column
+    cells = (row.get(column) for row in prompts.iter_rows()) if hasattr(prompts, "iter_rows") else iter(prompts)
+    content = "".join(json.dumps({column: cell}, default=_plain) + "\n" for cell in cells).encode()
+    folder = Folder.at(f"{resolved.output.rstrip('/')}-prompts")
+    name = f"{hashlib.blake2b(content, digest_size=16).hexdigest()}.jsonl"
+    if not folder.exists(name):
+        folder.write_bytes(name, content)
+    source = resolved.prompts.model_copy(update={"path": f"{folder.uri}/{name}"})
+    return resolved.model_copy(update={"prompts": source})
+
+
+def _plain(value: Any) -> Any:
+    """For JSON: arrays as lists, anything else as what is no prompt."""
+    return value.tolist() if hasattr(value, "tolist") else {"value": repr(value)}
+
+
 def _connect(config: Config) -> Plan:
     """Connects this driver (and leaves it connected, since Datasets are lazy) and plans the pools."""
     from rc_ray.pipeline.cluster import connect
@@ -266,7 +299,7 @@ def _table(dataset: Dataset) -> pa.Table:
 
 def _prompt_blocks(cells: Iterator[Any], source: PromptsConfig, chunk_size: int) -> Iterator[pa.Table]:
     """Groups without candidates, in blocks of `chunk_size`; bad and repeated rows carry their failure."""
-    seen: set[str] = set()
+    seen = SeenPrompts()
     rows: list[dict[str, Any]] = []
     for number, cell in enumerate(cells):
         messages = to_messages(cell.tolist() if hasattr(cell, "tolist") else cell, source.column, source.system)
@@ -277,9 +310,8 @@ def _prompt_blocks(cells: Iterator[Any], source: PromptsConfig, chunk_size: int)
             failure, detail = messages.reason, f"row {number + 1}: {messages.detail}"
         else:
             identity = prompt_id(messages)
-            if identity in seen:
+            if seen.first_row(identity, number) is not None:
                 failure, detail = "duplicate_prompt", f"row {number + 1}"
-            seen.add(identity)
         rows.append(
             {
                 "prompt_id": identity,

@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import io
 import json
+import sqlite3
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -264,6 +265,32 @@ def to_messages(cell: Any, column: str, system: str | None = None) -> list[Messa
     return messages
 
 
+def prompt_ids(cells: Iterator[Any], config: PromptsConfig) -> list[str]:
+    """Ids of the prompts among source rows."""
+    found = (to_messages(cell, config.column, config.system) for cell in cells)
+    return [prompt_id(messages) for messages in found if not isinstance(messages, BadRow)]
+
+
+class SeenPrompts:
+    """Which prompts have occurred, in a temporary file: the driver's memory does not grow with them."""
+
+    def __init__(self) -> None:
+        self._rows = sqlite3.connect("", isolation_level=None)
+        self._rows.execute("PRAGMA journal_mode = OFF")
+        self._rows.execute("BEGIN")  # one transaction that never ends; each insert in its own would write it out
+        self._rows.execute("CREATE TABLE seen (id BLOB PRIMARY KEY, row INTEGER) WITHOUT ROWID")
+        self.count = 0
+
+    def first_row(self, identity: str, row: int) -> int | None:
+        """Row at which a prompt occurred before; None the first time, when `row` is noted."""
+        key = bytes.fromhex(identity)
+        if self._rows.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (key, row)).rowcount:
+            self.count += 1
+            return None
+        (first,) = self._rows.execute("SELECT row FROM seen WHERE id = ?", (key,)).fetchone()
+        return int(first)
+
+
 def write_chunks(
     cells: Iterator[Any],
     config: PromptsConfig,
@@ -284,7 +311,7 @@ def write_chunks(
     Returns:
         `rows`, `prompts`, `chunks`, `chunk_size` (all chunks but the last have it) and `drops` (count per reason).
     """
-    seen: dict[str, int] = {}
+    seen = SeenPrompts()
     dropped: list[dict[str, str]] = []
     buffer: list[dict[str, Any]] = []
     num_chunks = num_rows = 0
@@ -303,12 +330,11 @@ def write_chunks(
             identity, reason, detail = bad_row_id(config.path, row, repr(cell)), messages.reason, messages.detail
         else:
             identity = prompt_id(messages)
-            if identity in seen:
-                reason, detail = "duplicate_prompt", f"same as row {seen[identity] + 1}"
-            elif identity in excluded:
+            if identity in excluded:
                 reason, detail = "in_training_prompts", "also among the training prompts"
+            elif (first := seen.first_row(identity, row)) is not None:
+                reason, detail = "duplicate_prompt", f"same as row {first + 1}"
             else:
-                seen[identity] = row
                 buffer.append({"prompt_id": identity, "prompt": messages})
                 if len(buffer) == chunk_size:
                     flush()
@@ -318,7 +344,7 @@ def write_chunks(
     drops.write_table("prompts.parquet", pa.Table.from_pylist(dropped, schema=schemas.DROP))
     return {
         "rows": num_rows,
-        "prompts": len(seen),
+        "prompts": seen.count,
         "chunks": num_chunks,
         "chunk_size": chunk_size,
         "drops": dict(Counter(d["reason"] for d in dropped)),

@@ -98,11 +98,11 @@ def prepare(config: Config, hashes: dict[str, str], emit: Emit) -> RunDir:
     emit(f"prompts   {facts['rows']} rows: {facts['prompts']} to sample, {dropped} dropped {facts['drops'] or ''}".rstrip())
     held_out = config.evaluation.prompts
     if held_out is not None and not ledger.is_finished(EVAL_PROMPTS):
-        training_ids = frozenset(run.prompts.read_all(schemas.PROMPT, ["prompt_id"]).column("prompt_id").to_pylist())
+        ids = pa.array(sources.prompt_ids(sources.read_cells("evaluation.prompts", held_out), held_out), pa.string())
+        training_ids = run.prompts.read_all(schemas.PROMPT, ["prompt_id"]).column("prompt_id")
+        shared = frozenset(ids.filter(pc.is_in(ids, training_ids)).to_pylist())
         cells = sources.read_cells("evaluation.prompts", held_out)
-        facts = sources.write_chunks(
-            cells, held_out, run.eval_prompts, run.report / "drops", config.cluster.chunk_size, training_ids
-        )
+        facts = sources.write_chunks(cells, held_out, run.eval_prompts, run.report / "drops", config.cluster.chunk_size, shared)
         ledger.finish(EVAL_PROMPTS, facts)
     return run
 
