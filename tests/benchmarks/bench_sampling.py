@@ -410,7 +410,7 @@ def part_volume(results: Results, folder: Path, output: Path) -> None:
         )
     results.numbers["volume"] = found
     for what in ("driver", "store"):
-        small, large = (each["memory"][what] for each in found)
+        small, large = (max(1.0, each["memory"][what]) for each in found)
         results.bar(
             large <= 1.2 * small, f"{what} memory within 1.2 x: {large / small:.2f} ({small:,.0f} and {large:,.0f} MiB)"
         )

@@ -18,3 +18,17 @@ def test_the_selection_benchmark_finds_equal_results(tmp_path: Path) -> None:
     assert len(numbers["bars"]) == 7
     assert (tmp_path / "selection_cost.png").stat().st_size > 10_000
     assert len((tmp_path / "selection_cost.csv").read_text().splitlines()) == 1 + 3 * 16
+
+
+def test_the_sampling_benchmark_runs_on_small_data(shared_data: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "tests/benchmarks/bench_sampling.py", "--quick", "--output", str(tmp_path)]
+    parts = ["--only", "overhead", "volume", "ledger", "adaptive"]
+    done = subprocess.run([*command, *parts], cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    numbers = json.loads((tmp_path / "bench_sampling.json").read_text())
+    assert len(numbers["bars"]) == 8
+    # These do not depend on the speed of the machine.
+    assert all(met for text, met in numbers["bars"].items() if text.startswith(("adaptive", "what is done", "a half-finished")))
+    assert {run[0]["groups"] for run in numbers["overhead"].values()} == {40}
+    assert numbers["restart"]["groups"] == 2000
+    assert (tmp_path / "sampling_volume.png").stat().st_size > 10_000
