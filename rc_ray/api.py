@@ -30,6 +30,7 @@ from rc_ray.ledger.storage import Folder
 from rc_ray.pipeline import run as pipeline
 from rc_ray.pipeline import stages
 from rc_ray.pipeline.plan import Plan, make_plan
+from rc_ray.pipeline.policies import policy_of
 from rc_ray.pipeline.preview import plan
 from rc_ray.pipeline.progress import start_board
 from rc_ray.pipeline.prompts import BadRow, SeenPrompts, check_source, read_cells, to_messages
@@ -86,7 +87,7 @@ def sample(config: ConfigSource, prompts: Dataset | str | None = None, *, overri
     if prompts is None:
         pipeline.run(resolved, only="sample")
         return _read_groups(resolved)
-    from rc_ray.pipeline.graph import attach_generation, policy_of
+    from rc_ray.pipeline.graph import attach_generation
 
     check_engine_arguments(resolved.generation.engine)
     if resolved.generation.max_candidates is not None:
@@ -182,6 +183,11 @@ def train(
         return f"{rundir.open_existing(resolved.output).model.uri}"
     if output is None:
         raise ConfigError("train: `output` is missing; with pairs of your own, say where the policy goes")
+    if resolved.generation.adapter is not None:
+        raise ConfigError(
+            f"generation.adapter = {resolved.generation.adapter!r}: DPO starts from `model`, without the adapter; merge it into the model and "
+            "give that, or leave it out"
+        )
     folder = Folder.at(output)
     if not folder.is_empty():
         raise DataError(f"output = {output!r}: the folder is not empty; give a new one")
@@ -205,7 +211,8 @@ def evaluate(config: ConfigSource, model: str | None = None, *, overrides: Itera
 
     Args:
         config: see `run`; needs `evaluation.prompts`.
-        model: None evaluates the policy that the run trained. Otherwise a model to compare with `config.model`.
+        model: None evaluates the policy that the run trained. Otherwise a model to compare with `config.model`,
+            which is taken without `generation.adapter`.
 
     Returns:
         The comparison as in metrics.json.
@@ -218,7 +225,7 @@ def evaluate(config: ConfigSource, model: str | None = None, *, overrides: Itera
         return dict(rundir.open_existing(resolved.output).ledger.facts(stages.EVALUATE))
     from rc_ray.evaluation.compare import compare
     from rc_ray.models.resolve import check_model
-    from rc_ray.pipeline.graph import attach_generation, attach_rewards, policy_of
+    from rc_ray.pipeline.graph import attach_generation, attach_rewards
 
     check_model("model", model)
     check_source("evaluation.prompts", resolved.evaluation.prompts)

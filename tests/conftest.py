@@ -81,6 +81,37 @@ def make_llama(folder: Path, seed: int, labels: int | None = None) -> Path:
     return folder
 
 
+def make_adapter(base: Path, adapter: Path, merged: Path, seed: int, rank: int = 4) -> None:
+    """A random LoRA adapter in PEFT's format, and its base with the adapter merged in."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    generator = torch.Generator().manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    targets, alpha = ["q_proj", "v_proj", "down_proj"], 2.0 * rank
+    tensors = {}
+    for name, module in model.named_modules():
+        if name.rsplit(".", 1)[-1] in targets:
+            down = 0.2 * torch.randn(rank, module.in_features, generator=generator)
+            up = 0.2 * torch.randn(module.out_features, rank, generator=generator)
+            tensors |= {f"base_model.model.{name}.lora_A.weight": down, f"base_model.model.{name}.lora_B.weight": up}
+            module.weight.data += alpha / rank * (up @ down)
+    adapter.mkdir()
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": targets,
+        "bias": "none",
+    }
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    model.save_pretrained(merged)
+    AutoTokenizer.from_pretrained(base).save_pretrained(merged)
+
+
 @pytest.fixture(scope="session")
 def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_llama(tmp_path_factory.mktemp("models") / "policy", seed=0)

@@ -69,8 +69,45 @@ class PromptsConfig(Section):
         return self
 
 
+class PolicyConfig(Section):
+    """One of several policies that candidates come from."""
+
+    model: str | None = None
+    """Hub id, local folder, or `embedded:NAME`. None: the top-level `model`."""
+
+    revision: str | None = None
+    """Git revision of a Hub model given here."""
+
+    adapter: str | None = None
+    """A LoRA adapter on that model, in PEFT's format: a folder or Hub id."""
+
+    weight: float = Field(1.0, gt=0)
+    """Share of the candidates, relative to the other policies' weights."""
+
+    trust_remote_code: bool = False
+    """Run Python code from the repository of the model given here. Off unless you trust this one model."""
+
+    @model_validator(mode="after")
+    def _of_the_model(self) -> PolicyConfig:
+        for name in ("revision", "trust_remote_code"):
+            if self.model is None and getattr(self, name):
+                raise ValueError(
+                    f"`{name}` has no effect without a `model` here; the top-level `{name}` counts for the top-level `model`"
+                )
+        return self
+
+
 class GenerationConfig(Section):
     """How candidates are sampled with vLLM."""
+
+    adapter: str | None = None
+    """A LoRA adapter on `model` to sample with, in PEFT's format (`adapter_config.json`, `adapter_model.safetensors`): a folder or Hub
+    id. Training would start without it, hence an error unless training.enabled is false."""
+
+    policies: dict[str, PolicyConfig] = {}
+    """Several policies, by a name of your own that every candidate carries. Each gives its share of every prompt's candidates, to within
+    one; policies with the same model share its engines. Training starts from the top-level `model` all the same. Empty: that `model` is
+    the only one, and called `policy`."""
 
     num_candidates: int = Field(8, ge=2)
     """N: answers sampled per prompt. At least 2, since a pair needs two."""
@@ -109,7 +146,34 @@ class GenerationConfig(Section):
     checked against vLLM's own list before anything starts."""
 
     pool: PoolConfig = _deployment(PoolConfig())
-    """The pool of vLLM engines."""
+    """The pool of vLLM engines. With several policies each different model has a pool like this one."""
+
+    @field_validator("policies")
+    @classmethod
+    def _policy_names(cls, value: dict[str, PolicyConfig]) -> dict[str, PolicyConfig]:
+        for name in value:
+            if not NAME_PATTERN.match(name):
+                raise ValueError(f"policy name {name!r} must be letters, digits and underscores, e.g. `large`")
+        if len(value) == 1 and next(iter(value.values())).weight != 1:
+            raise ValueError("a weight has no effect with one policy; remove it, or add a policy")
+        return value
+
+    @model_validator(mode="after")
+    def _policies(self) -> GenerationConfig:
+        if self.policies and self.adapter is not None:
+            raise ValueError("adapter has no effect beside policies; set policies.NAME.adapter")
+        if len(self.policies) > 1 and self.max_candidates is not None:
+            raise ValueError(
+                "max_candidates with several policies: of more candidates the policies' shares are other ones, so the first answers would not "
+                "be those of a fixed N; use one policy, or a fixed num_candidates"
+            )
+        adapters = self.adapter is not None or any(policy.adapter is not None for policy in self.policies.values())
+        if "enable_lora" in self.engine:
+            raise ValueError("engine.enable_lora is set where there is an adapter; give `adapter` or `policies.NAME.adapter`")
+        for name in self.engine:
+            if "lora" in name and not adapters:
+                raise ValueError(f"engine.{name} has no effect without an adapter; give `adapter` or `policies.NAME.adapter`")
+        return self
 
     @model_validator(mode="after")
     def _lengths(self) -> GenerationConfig:
@@ -319,7 +383,7 @@ class Config(Section):
     """A whole run: prompts, candidates, rewards, selection, training, evaluation."""
 
     model: str
-    """The policy: Hub id, local folder, or `embedded:NAME`."""
+    """The policy: Hub id, local folder, or `embedded:NAME`. What is trained and evaluated, also where `generation.policies` sample."""
 
     revision: str | None = None
     """Git revision of a Hub policy."""
@@ -364,6 +428,23 @@ class Config(Section):
             if not NAME_PATTERN.match(name):
                 raise ValueError(f"objective name {name!r} must be letters, digits and underscores, e.g. `helpful`")
         return value
+
+    @model_validator(mode="after")
+    def _policies(self) -> Config:
+        seen: dict[Any, str] = {}
+        for name, policy in self.generation.policies.items():
+            model = (policy.model, policy.revision) if policy.model else (self.model, self.revision)
+            same = seen.setdefault((model, policy.adapter), name)
+            if same != name:
+                raise ValueError(
+                    f"generation.policies: {same!r} and {name!r} are the same policy; keep one and add the weights"
+                )
+        if self.generation.adapter is not None and self.training.enabled:
+            raise ValueError(
+                f"generation.adapter = {self.generation.adapter!r}: DPO starts from `model`, without the adapter, and so would train another "
+                "policy than the one sampled; set training.enabled: false, or merge the adapter into the model and give that as `model`"
+            )
+        return self
 
     @model_validator(mode="after")
     def _objectives(self) -> Config:

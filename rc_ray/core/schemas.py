@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import pyarrow as pa
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+# `policy`: name of the policy that gave it. Files of the user's own, and of earlier versions, may lack it; nothing but counts reads it.
 CANDIDATE = pa.struct(
     [
         ("text", pa.string()),
@@ -17,6 +18,7 @@ CANDIDATE = pa.struct(
         ("finish_reason", pa.string()),
         ("seed", pa.int64()),
         ("logprob", pa.float64()),
+        ("policy", pa.string()),
     ]
 )
 PROMPT = pa.schema([("prompt_id", pa.string()), ("prompt", MESSAGES)])

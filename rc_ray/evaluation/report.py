@@ -93,6 +93,10 @@ def _html(metrics: dict[str, Any], manifest: dict[str, Any], examples: list[dict
         f"<h1>rc_ray run</h1><p>{counts['prompts']} prompts = {counts['paired']} paired + {counts['dropped']} dropped</p>",
         _table(["drop reason", "prompts"], sorted(counts["drops"].items(), key=lambda i: -i[1])),
     ]
+    policies = metrics["sampling"].get("policies")
+    if policies:
+        columns = ["candidates", "tokens", "chosen", "rejected"]
+        parts.append(_table(["policy", *columns], [[name, *(p[c] for c in columns)] for name, p in policies.items()]))
     comparison = metrics.get("evaluation")
     if comparison:
         rows = [
@@ -124,6 +128,20 @@ def _html(metrics: dict[str, Any], manifest: dict[str, Any], examples: list[dict
     return f"<!doctype html><meta charset=utf-8><title>rc_ray run</title><style>{STYLE}</style>" + "\n".join(parts)
 
 
+def _source(fields: dict[str, Any]) -> str:
+    """What the answers were sampled from."""
+    generation = fields["generation"]
+    policies = generation.get("policies") or {}
+    if not policies:
+        return f"`{fields['model']}`" + (f" with the adapter `{generation['adapter']}`" if generation.get("adapter") else "")
+    whole = sum(p["weight"] for p in policies.values())
+    return "; ".join(
+        f"{100 * p['weight'] / whole:.1f} % {name}: `{p['model'] or fields['model']}`"
+        + (f" with the adapter `{p['adapter']}`" if p["adapter"] else "")
+        for name, p in policies.items()
+    )
+
+
 def _card(metrics: dict[str, Any], manifest: dict[str, Any]) -> str:
     counts, fields = metrics["identity"], manifest["result_fields"]
     drops = "\n".join(f"| {reason} | {n} |" for reason, n in sorted(counts["drops"].items(), key=lambda i: -i[1]))
@@ -142,7 +160,7 @@ configs: [{{config_name: default, data_files: "pairs/*.parquet"}}]
 ---
 # {"Reward-consistent preference" if consistent else "Preference"} pairs
 
-Made with rc_ray {manifest["versions"].get("rc-ray", "")}: {fields["generation"]["num_candidates"]} answers per prompt from `{fields["model"]}`,
+Made with rc_ray {manifest["versions"].get("rc-ray", "")}: {fields["generation"]["num_candidates"]} answers per prompt from {_source(fields)},
 pairs selected by {rule}strategy `{selection["strategy"]}`{gap}.
 
     datasets.load_dataset("parquet", data_files="pairs/*.parquet")

@@ -10,13 +10,13 @@ from __future__ import annotations
 import queue
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 from rc_ray.config import GenerationConfig
-from rc_ray.generation.arguments import check_engine_arguments
+from rc_ray.generation.arguments import check_engine_arguments, lora_arguments
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class _Request:
     prompt_ids: list[int]
     seed: int
     num_candidates: int
+    adapter: str | None
     future: Future[list[Candidate]]
 
 
@@ -67,6 +68,10 @@ class SamplingEngine:
     """Samples N candidates per prompt with one vLLM engine.
 
     Environment variables that vLLM reads (see `hardware.cpu_engine_environment`) must be set before.
+
+    Args:
+        adapters: folders of LoRA adapters by the name that `submit` takes.
+        with_base: whether there are requests without an adapter beside them.
     """
 
     def __init__(
@@ -77,6 +82,8 @@ class SamplingEngine:
         on_gpu: bool,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        adapters: Mapping[str, str] | None = None,
+        with_base: bool = True,
     ) -> None:
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
@@ -91,6 +98,13 @@ class SamplingEngine:
             arguments |= {"enforce_eager": True, "enable_chunked_prefill": False}
         check_engine_arguments(config.engine)
         arguments |= config.engine
+        if adapters:
+            from vllm.lora.request import LoRARequest
+
+            arguments |= lora_arguments(adapters, config.engine, with_base, on_gpu)
+            self._adapters = {name: LoRARequest(name, i, path) for i, (name, path) in enumerate(adapters.items(), 1)}
+        else:  # options for the adapters of another policy's engine
+            arguments = {name: value for name, value in arguments.items() if "lora" not in name}
         arguments.setdefault("max_num_batched_tokens", max(config.max_model_len, 4096))
         self._config = config
         _hide_llvmlite()
@@ -110,8 +124,10 @@ class SamplingEngine:
         self._died: BaseException | None = None
         threading.Thread(target=self._loop, name="vllm-engine", daemon=True).start()
 
-    def submit(self, prompt_ids: list[int], seed: int, num_candidates: int) -> Future[list[Candidate]]:
-        """Queues one group; candidate i is sampled with seed + i.
+    def submit(
+        self, prompt_ids: list[int], seed: int, num_candidates: int, adapter: str | None = None
+    ) -> Future[list[Candidate]]:
+        """Queues one group; candidate i is sampled with seed + i, with the adapter of that name.
 
         Returns:
             A future of N candidates in index order. It raises `EngineDied` when the engine is gone and vLLM's own error when the
@@ -121,7 +137,7 @@ class SamplingEngine:
         if self._died is not None:
             future.set_exception(EngineDied(str(self._died)))
         else:
-            self._queue.put(_Request(prompt_ids, seed, num_candidates, future))
+            self._queue.put(_Request(prompt_ids, seed, num_candidates, adapter, future))
         return future
 
     def _loop(self) -> None:
@@ -166,6 +182,7 @@ class SamplingEngine:
                 logprobs=0,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             ),
+            lora_request=None if request.adapter is None else self._adapters[request.adapter],
         )
         return name
 

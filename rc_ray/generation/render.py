@@ -5,6 +5,7 @@ Sending templated text lets the engine's tokenizer add a second BOS; ids cannot 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rc_ray.core.ids import Message
@@ -12,11 +13,20 @@ from rc_ray.errors import ModelError
 
 
 class PromptRenderer:
-    """Renders messages with the policy's own tokenizer and chat template."""
+    """Renders messages with the policy's own tokenizer and chat template.
 
-    def __init__(self, model: str, revision: str | None = None, trust_remote_code: bool = False) -> None:
+    Args:
+        model: Hub id or local folder.
+        adapter: folder of a LoRA adapter, whose own tokenizer and template count where it has them.
+    """
+
+    def __init__(
+        self, model: str, revision: str | None = None, trust_remote_code: bool = False, adapter: str | None = None
+    ) -> None:
         from transformers import AutoTokenizer
 
+        if adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file():
+            model, revision = adapter, None
         self.tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
         if not self.tokenizer.chat_template:
             raise ModelError(

@@ -8,17 +8,17 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from rc_ray.models.resolve import local_model
+from rc_ray.models.resolve import ADAPTER_CONFIG, local_model
 
 # Folders up to this size are hashed whole; of larger ones the file names, sizes and configuration.
 FULL_HASH_BYTES = 4 << 30
 
 
-def model_identity(name: str, revision: str | None = None) -> str:
-    """`sha:…` of a folder's content, `layout:…` of a very large one, or `hub:COMMIT`."""
+def model_identity(name: str, revision: str | None = None, is_adapter: bool = False) -> str:
+    """`sha:…` of a folder's content, `layout:…` of a very large one, or `hub:COMMIT`; of a model or a LoRA adapter."""
     path = Path(local_model(name))
     if not path.is_dir():
-        return f"hub:{hub_commit(name, revision)}"
+        return f"hub:{hub_commit(name, revision, ADAPTER_CONFIG if is_adapter else 'config.json')}"
     files = sorted(
         f for f in path.rglob("*") if f.is_file() and f.suffix in (".json", ".safetensors", ".jinja", ".txt", ".model")
     )
@@ -36,9 +36,9 @@ def model_identity(name: str, revision: str | None = None) -> str:
     return f"{'sha' if whole else 'layout'}:{digest.hexdigest()}"
 
 
-def hub_commit(name: str, revision: str | None) -> str:
-    """Commit of a cached Hub model, or the revision asked for when it is not cached yet."""
+def hub_commit(name: str, revision: str | None, file: str = "config.json") -> str:
+    """Commit of a cached Hub model that has a file, or the revision asked for when it is not cached yet."""
     from huggingface_hub import try_to_load_from_cache
 
-    cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    cached = try_to_load_from_cache(name, file, revision=revision)
     return Path(cached).parent.name if isinstance(cached, str) else (revision or "main")

@@ -1,13 +1,14 @@
 """Turns a model name from the configuration into something `from_pretrained` takes, or says why it cannot.
 
 A name is `embedded:NAME`, a local folder, a folder on a pyarrow filesystem (s3://…), or a Hub id. Folders are checked:
-config.json there, weights as safetensors. Invariant: nothing is unpickled, and no name is tried against the network that
+config.json there, weights as safetensors; so are those of LoRA adapters. Invariant: nothing is unpickled, and no name is tried against the network that
 looks like a path.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from pathlib import Path
@@ -17,6 +18,9 @@ from rc_ray.ledger.storage import Folder
 from rc_ray.models import embedded
 
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def check_model(field: str, name: str, revision: str | None = None) -> None:
@@ -39,6 +43,59 @@ def check_model(field: str, name: str, revision: str | None = None) -> None:
         _check_hub(field, name, revision)
 
 
+def check_adapter(field: str, name: str) -> None:
+    """Checks that a LoRA adapter can be found, without loading it.
+
+    Raises:
+        ModelError: with the field, the name, the reason and what to do.
+    """
+    path = Path(name).expanduser()
+    if "://" in name or path.is_dir():
+        files = Folder.at(name).names() if "://" in name else os.listdir(path)
+        for needed in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            if needed not in files:
+                raise ModelError(
+                    f"{field} = {name!r}: the folder has no {needed}, so it is no LoRA adapter in PEFT's format with safetensors weights; "
+                    "check the path, or save the adapter with PEFT's `save_pretrained`"
+                )
+        if path.is_dir():
+            adapter_rank(field, path)
+    elif name.startswith(("/", "./", "../", "~")) or not HUB_ID.match(name):
+        raise ModelError(f"{field} = {name!r}: the folder does not exist; give the folder of a LoRA adapter, or a Hub id")
+    else:
+        _check_hub(field, name, None, ADAPTER_CONFIG)
+
+
+def adapter_rank(field: str, folder: Path) -> int:
+    """Highest rank of a LoRA adapter's matrices.
+
+    Raises:
+        ModelError: it is no LoRA.
+    """
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text())
+        kind = config.get("peft_type")
+        if kind != "LORA":
+            raise ModelError(
+                f"{field} = {str(folder)!r}: peft_type is {kind!r}, and only LORA can be sampled; merge it into the model"
+            )
+        return max(int(config["r"]), *(int(r) for r in (config.get("rank_pattern") or {}).values()), 1)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ModelError(
+            f"{field} = {str(folder)!r}: {ADAPTER_CONFIG} cannot be read ({type(error).__name__}: {error})"
+        ) from None
+
+
+def local_adapter(name: str) -> str:
+    """The local folder of a LoRA adapter; one on remote storage or the Hub is downloaded once per machine."""
+    path = local_model(name)
+    if Path(path).is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+
+    return str(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
+
+
 def _check_files(field: str, name: str, files: list[str]) -> None:
     if "config.json" not in files:
         raise ModelError(
@@ -51,15 +108,15 @@ def _check_files(field: str, name: str, files: list[str]) -> None:
         )
 
 
-def _check_hub(field: str, name: str, revision: str | None) -> None:
+def _check_hub(field: str, name: str, revision: str | None, file: str = "config.json") -> None:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-    if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+    if isinstance(try_to_load_from_cache(name, file, revision=revision), str):
         return
     not_local = f"{field} = {name!r}: no such local folder, and as a Hub id it"
     try:
-        hf_hub_download(name, "config.json", revision=revision, etag_timeout=4)
+        hf_hub_download(name, file, revision=revision, etag_timeout=4)
     except (RepositoryNotFoundError, EntryNotFoundError) as error:
         raise ModelError(f"{not_local} was not found ({type(error).__name__}); check the name and your access") from None
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
@@ -95,8 +152,6 @@ def local_model(name: str) -> str:
 
 def max_context(name: str) -> int | None:
     """Longest sequence in tokens by the model's config.json, None when it does not say or is not at hand."""
-    import json
-
     try:
         path = Path(local_model(name)) / "config.json"
     except ModelError:

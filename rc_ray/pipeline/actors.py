@@ -9,13 +9,12 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rc_ray.config import GenerationConfig, RewardConfig, SelectionConfig
+from rc_ray.config import RewardConfig, SelectionConfig
 from rc_ray.core import schemas
 from rc_ray.core.ids import candidate_seed
 from rc_ray.core.measure import Fitted
@@ -24,23 +23,11 @@ from rc_ray.errors import ResumeError
 from rc_ray.ledger.ledger import Ledger, chunk_name
 from rc_ray.ledger.storage import Folder
 from rc_ray.pipeline.attempts import Attempts
+from rc_ray.pipeline.policies import Member, Policy, engines_of
 from rc_ray.pipeline.progress import Reporter
 from rc_ray.rewards.base import Score
 
 CHUNK, SAMPLED, SCORED = "chunk", "sampled", "scored"
-
-
-@dataclass(frozen=True)
-class Policy:
-    """What candidates are sampled from, and how."""
-
-    model: str
-    revision: str | None
-    trust_remote_code: bool
-    generation: GenerationConfig
-    num_candidates: int
-    max_candidates: int | None
-    seed: int
 
 
 def load_chunk(items: pa.Table, prompts: Folder, groups: Folder) -> pa.Table:
@@ -59,13 +46,21 @@ def load_chunk(items: pa.Table, prompts: Folder, groups: Folder) -> pa.Table:
 
 
 class GenerateGroups:
-    """Samples N candidates for every prompt of a block. Threads may call it side by side; they share one engine."""
+    """Samples candidates for every prompt of a block. Threads may call it side by side; they share one engine.
+
+    Where policies need several engines, each engine's actors append their policies' candidates, one engine after the other.
+
+    Args:
+        policy: what is sampled, by all engines together.
+        engine: number of this one in `policies.engines_of`.
+        others: see `graph.attach_generation`.
+    """
 
     _in_rounds = False  # whether a group that was sampled may be sampled again
 
     def __init__(
-        self, policy: Policy, on_gpu: bool, engines_per_host: int, board: Any | None, stage: str, max_attempts: int
-    ) -> None:
+        self, policy: Policy, on_gpu: bool, engines_per_host: int, board: Any | None, stage: str, max_attempts: int, engine: int = 0
+    ) -> None:  # fmt: skip
         from rc_ray.generation.hardware import choose_dtype, cpu_engine_environment
 
         if not on_gpu:
@@ -73,41 +68,67 @@ class GenerateGroups:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         from rc_ray.generation.engine import SamplingEngine
         from rc_ray.generation.render import PromptRenderer
-        from rc_ray.models.resolve import local_model
+        from rc_ray.models.resolve import local_adapter, local_model
 
-        self._policy = policy
-        self._reporter = Reporter(board, stage)
-        self._attempts = Attempts(board, stage, max_attempts)
-        path = local_model(policy.model)
-        self._render = PromptRenderer(path, policy.revision, policy.trust_remote_code)
+        own = self._open(policy, engine, board, stage, max_attempts)
+        model, revision, trust_remote_code = own[0].base
+        path = local_model(model)
+        adapters = {m.name: local_adapter(m.adapter) for m in own if m.adapter is not None}
+        self._renderers = {m.name: PromptRenderer(path, revision, trust_remote_code, adapters.get(m.name)) for m in own}
         self._engine = SamplingEngine(
             path,
             policy.generation,
             choose_dtype(policy.generation.dtype, on_gpu)[0],
             on_gpu,
-            policy.revision,
-            policy.trust_remote_code,
+            revision,
+            trust_remote_code,
+            adapters,
+            len(adapters) < len(own),
         )
         self._reporter.ready()
 
+    def _open(self, policy: Policy, engine: int, board: Any | None, stage: str, max_attempts: int) -> tuple[Member, ...]:
+        """Everything but the engine itself; returns its policies."""
+        engines = engines_of(policy.members)
+        self._policy, self._own = policy, frozenset(m.name for m in engines[engine])
+        self._first, self._last = engine == 0, engine == len(engines) - 1
+        self._reporter = Reporter(board, stage)
+        self._attempts = Attempts(board, stage, max_attempts, "" if self._first else f"engine {engine + 1} ")
+        return engines[engine]
+
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Fills `candidates` (or `failure`) of every row that has neither; after the end of sampling such a block comes out empty."""
+        """Adds this engine's candidates to every row that lacks them, or a failure; after the end of sampling a block that no engine
+        has begun comes out empty."""
         rows = block.to_pylist()
-        todo = [row for row in rows if row["candidates"] is None]
-        if todo and not self._may_sample(block):
+        new = not (SAMPLED in block.column_names and any(block.column(SAMPLED).to_pylist()))
+        todo = [row for row in rows if self._lacking(row, self._policy.num_candidates)]
+        if todo and self._first and not self._may_sample(block):
             return block.slice(0, 0)
+        if new and self._last:  # they are finished without this engine
+            ids = {row["prompt_id"] for row in todo}
+            for row in rows:
+                if row["prompt_id"] not in ids:
+                    self._count(row)
         if todo:
             with self._attempts.block(todo[0]["prompt_id"]) as one_by_one:
                 self._sample(todo, self._policy.num_candidates, one_by_one)
         self._reporter.flush()
         return pa.Table.from_pylist(rows, schema=block.schema)
 
+    def _lacking(self, row: dict[str, Any], number: int) -> list[tuple[Member, int, int]]:
+        """This engine's policies with the candidates [first, end) of `number` that the row does not have yet; none after a failure."""
+        if row["failure"] is not None:
+            return []
+        have = len(row["candidates"] or ())
+        shares = self._policy.shares(row["prompt_id"], number)
+        return [(m, max(first, have), end) for m, first, end in shares if m.name in self._own and end > max(first, have)]
+
     def _may_sample(self, block: pa.Table) -> bool:
         """Whether the budget has room for a block. Datasets of the user's have no chunks, and no budget."""
         return CHUNK not in block.column_names or self._reporter.may_sample(block.column(CHUNK)[0].as_py())
 
     def _sample(self, rows: list[dict[str, Any]], number: int, one_by_one: bool) -> None:
-        """Adds candidates to every row until it has `number` of them, or a failure."""
+        """Adds this engine's candidates to every row until it has its share of `number`, or a failure."""
         if one_by_one:
             for row in rows:
                 with self._attempts.group(row["prompt_id"]) as given_up:
@@ -123,45 +144,56 @@ class GenerateGroups:
         before = len(row["candidates"])
         if not isinstance(pending, tuple):
             pending = self._collect(row, pending)
-        if pending is not None and not row["candidates"]:  # what could be sampled before is kept
+        self._reporter.add(tokens=sum(len(c["token_ids"]) for c in row["candidates"][before:]))
+        # What an earlier round sampled is kept; a group that one of several policies failed has failed.
+        if pending is not None and not (self._in_rounds and before):
+            row["candidates"] = []
             row["failure"], row["failure_detail"] = pending
             if row["failure"] == "generation_failed":
                 self._reporter.error(row["failure_detail"])
-        self._reporter.add(tokens=sum(len(c["token_ids"]) for c in row["candidates"][before:]))
-        if not self._in_rounds:
+        if self._last and not self._in_rounds:
             self._count(row)
 
     def _count(self, row: dict[str, Any]) -> None:
         self._reporter.add(1, failed=int(row["failure"] == "generation_failed"))
 
     def _submit(self, row: dict[str, Any], number: int) -> Any:
-        """A future of the candidates that are lacking, or (reason, detail) when the prompt cannot be sampled."""
+        """Futures of the candidates that are lacking, each with its policy, or (reason, detail) when the prompt cannot be sampled."""
         limits = self._policy.generation
-        try:
-            ids = self._render(row["prompt"])
-        except Exception as error:  # a template may refuse any conversation; the other rows go on
-            return "generation_failed", f"chat template: {type(error).__name__}: {error}"[:500]
-        if len(ids) + limits.max_tokens > limits.max_model_len:
-            return (
-                "prompt_too_long",
-                f"{len(ids)} prompt tokens + max_tokens {limits.max_tokens} > max_model_len {limits.max_model_len}",
-            )
-        have = len(row["candidates"] or [])
-        return self._engine.submit(ids, candidate_seed(self._policy.seed, row["prompt_id"]) + have, number - have)
+        prompts = []
+        for member, first, end in self._lacking(row, number):
+            whose = f"policy {member.name}: " if len(self._policy.members) > 1 else ""
+            try:
+                ids = self._renderers[member.name](row["prompt"])
+            except Exception as error:  # a template may refuse any conversation; the other rows go on
+                return "generation_failed", f"{whose}chat template: {type(error).__name__}: {error}"[:500]
+            if len(ids) + limits.max_tokens > limits.max_model_len:
+                return (
+                    "prompt_too_long",
+                    f"{whose}{len(ids)} prompt tokens + max_tokens {limits.max_tokens} > max_model_len {limits.max_model_len}",
+                )
+            prompts.append((member, ids, first, end))
+        seed = candidate_seed(self._policy.seed, row["prompt_id"])
+        return [
+            (member.name, self._engine.submit(ids, seed + first, end - first, member.name if member.adapter else None))
+            for member, ids, first, end in prompts
+        ]
 
-    def _collect(self, row: dict[str, Any], future: Any) -> tuple[str, str] | None:
-        """Appends the candidates of a future to the row; returns (reason, detail) when there are none."""
+    def _collect(self, row: dict[str, Any], futures: list[tuple[str, Any]]) -> tuple[str, str] | None:
+        """Appends the candidates of the futures to the row; returns (reason, detail) of one that has none."""
         from rc_ray.generation.engine import EngineDied
 
-        try:
-            row["candidates"] += [vars(candidate) for candidate in future.result()]
-        except EngineDied as error:
-            # Raising would keep this actor with its dead engine; leaving makes Ray start another and retry the block.
-            print(f"rc_ray: the vLLM engine died: {error}", file=sys.stderr, flush=True)
-            self._reporter.error(f"the vLLM engine died: {error}"[:500], leaving=True)
-            os._exit(1)
-        except Exception as error:  # vLLM refused this request
-            return "generation_failed", f"{type(error).__name__}: {error}"[:500]
+        for name, future in futures:
+            try:
+                row["candidates"] += [{**vars(candidate), "policy": name} for candidate in future.result()]
+            except EngineDied as error:
+                # Raising would keep this actor with its dead engine; leaving makes Ray start another and retry the block.
+                print(f"rc_ray: the vLLM engine died: {error}", file=sys.stderr, flush=True)
+                self._reporter.error(f"the vLLM engine died: {error}"[:500], leaving=True)
+                os._exit(1)
+            except Exception as error:  # vLLM refused this request
+                whose = f"policy {name}: " if len(self._policy.members) > 1 else ""
+                return "generation_failed", f"{whose}{type(error).__name__}: {error}"[:500]
         return None
 
 
@@ -251,6 +283,17 @@ def count_tokens(table: pa.Table) -> int:
     return pc.sum(pc.list_value_length(pc.struct_field(_candidates(table), "token_ids"))).as_py() or 0
 
 
+def count_policies(candidates: pa.StructArray) -> dict[str, int]:
+    """Candidates and tokens of each policy, under names such as `policy.large.tokens`."""
+    tokens = pc.list_value_length(pc.struct_field(candidates, "token_ids"))
+    table = pa.table({"policy": pc.struct_field(candidates, "policy"), "tokens": tokens})
+    return {
+        f"policy.{row['policy']}.{what}": row[key]
+        for row in table.group_by("policy").aggregate([("tokens", "count"), ("tokens", "sum")]).to_pylist()
+        for what, key in (("candidates", "tokens_count"), ("tokens", "tokens_sum"))
+    }
+
+
 def unit_scale(table: pa.Table) -> Fitted:
     """Stands in for the numbers about all the data while these are not there yet: every scale and weight is 1."""
     ones = dict.fromkeys(schemas.scored_objectives(table.schema), 1.0)
@@ -284,13 +327,14 @@ def split_chunks(block: pa.Table, prompts: Folder) -> dict[int, pa.Table]:
 
 def commit_groups(
     block: pa.Table, ledger: Ledger, stage: str, prompts: Folder, groups: Folder, skip_sampled: bool, board: Any,
-    selection: SelectionConfig | None,
+    selection: SelectionConfig | None, by_policy: bool = False,
 ) -> pa.Table:  # fmt: skip
     """Writes each chunk of a block and its commit record; hands the block on unchanged.
 
     Args:
         skip_sampled: pass over blocks that were committed by this stage before.
         selection: how to count prompts with a pair, once all rewards are there.
+        by_policy: whether to count the candidates of each policy.
     """
     if block.num_rows and not (skip_sampled and block.column(SAMPLED)[0].as_py()):
         for chunk, table in split_chunks(block, prompts).items():
@@ -302,6 +346,8 @@ def commit_groups(
                 "truncated": pc.sum(pc.equal(pc.struct_field(candidates, "finish_reason"), "length")).as_py() or 0,
                 "failed": sum(_has_failed(row) for row in table.drop_columns(["prompt", "candidates"]).to_pylist()),
             }
+            if by_policy:
+                counts |= count_policies(candidates)
             if selection is not None:
                 counts["paired"] = select_pairs(table, selection, unit_scale(table)).num_paired
                 board.found_pairs.remote(stage, chunk, counts["paired"])

@@ -40,10 +40,11 @@ class Attempts:
         board: handle of the actor, or None.
         stage: name under which to book.
         max_attempts: of one group, the one with its whole block included.
+        whose: put before the keys of work that several pools of a stage do one after the other.
     """
 
-    def __init__(self, board: Any | None, stage: str, max_attempts: int) -> None:
-        self._board, self._stage, self._max_attempts = board, stage, max_attempts
+    def __init__(self, board: Any | None, stage: str, max_attempts: int, whose: str = "") -> None:
+        self._board, self._stage, self._max_attempts, self._whose = board, stage, max_attempts, whose
         self._alone = threading.Lock()
 
     @contextlib.contextmanager
@@ -69,11 +70,11 @@ class Attempts:
             return 0
         import ray
 
-        return int(ray.get(self._board.begin_work.remote(self._stage, key)))
+        return int(ray.get(self._board.begin_work.remote(self._stage, self._whose + key)))
 
     def _end(self, key: str) -> None:
         if self._board is not None:
-            self._board.end_work.remote(self._stage, key)
+            self._board.end_work.remote(self._stage, self._whose + key)
 
     def _last_error(self) -> str:
         if self._board is None:

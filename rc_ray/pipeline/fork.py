@@ -19,6 +19,7 @@ from rc_ray.ledger import rundir
 from rc_ray.ledger.ledger import chunk_name
 from rc_ray.ledger.rundir import RunDir
 from rc_ray.ledger.storage import Folder
+from rc_ray.pipeline.policies import model_names
 from rc_ray.pipeline.stages import PROMPTS, SAMPLE, SCORE
 
 # What decides which candidates are sampled.
@@ -44,7 +45,7 @@ def fork(source: str, config: Config, hashes: dict[str, str], emit: Callable[[st
     run.update_manifest(forked_from={"run": old.root.uri, "fingerprint": manifest["fingerprint"]})
     if "models" in manifest:  # the run refuses to go on where a model is another one by now
         rewards = [config.rewards[name] for name in kept]
-        names = {config.model, *(reward.model for reward in rewards if reward.kind == "classifier")}
+        names = {*model_names(config), *(reward.model for reward in rewards if reward.kind == "classifier")}
         run.update_manifest(models={name: value for name, value in manifest["models"].items() if name in names})
     if not run.ledger.is_finished(PROMPTS):
         _copy(old.prompts, run.prompts, old.prompts.names(".parquet"))

@@ -20,10 +20,11 @@ from rc_ray.errors import ClusterError, ResumeError
 from rc_ray.ledger.ledger import Ledger
 from rc_ray.ledger.storage import Folder
 from rc_ray.pipeline import actors
-from rc_ray.pipeline.actors import CHUNK, SAMPLED, SCORED, Policy
+from rc_ray.pipeline.actors import CHUNK, SAMPLED, SCORED
 from rc_ray.pipeline.adaptive import AdaptiveGroups
 from rc_ray.pipeline.budget import exhausted
-from rc_ray.pipeline.plan import GENERATION, Plan, reward_threads
+from rc_ray.pipeline.plan import Plan, Pool, is_generation, reward_threads
+from rc_ray.pipeline.policies import Policy, engines_of
 from rc_ray.pipeline.watchdog import TooManyFailedError, check_failed, guard
 
 if TYPE_CHECKING:
@@ -58,35 +59,33 @@ class GroupRun:
         return list(self.sizes())
 
 
-def policy_of(config: Config, model: str | None = None, num_candidates: int | None = None) -> Policy:
-    """The policy a configuration names, or another model sampled in the same way."""
-    return Policy(
-        model=model or config.model,
-        revision=None if model else config.revision,
-        trust_remote_code=config.trust_remote_code,
-        generation=config.generation,
-        num_candidates=num_candidates or config.generation.num_candidates,
-        max_candidates=None if num_candidates else config.generation.max_candidates,
-        seed=config.seed,
-    )
-
-
 def attach_generation(
     dataset: Dataset, policy: Policy, config: Config, plan: Plan, board: Any = None, stage: str = "sample",
     adaptive: dict[str, Any] | None = None,
 ) -> Dataset:  # fmt: skip
-    """Adds the vLLM pool to a Dataset of `schemas.GROUP` rows with `candidates` null.
+    """Adds the vLLM pools, one per different model, to a Dataset of `schemas.GROUP` rows with `candidates` null.
 
     Args:
         adaptive: further arguments of `AdaptiveGroups`, which then takes the place of `GenerateGroups`.
     """
+    for engine, pool in zip(range(len(engines_of(policy.members))), plan.engines.values(), strict=False):
+        dataset = _attach_engine(dataset, policy, config, plan, board, stage, adaptive, engine, pool)
+    return dataset
+
+
+def _attach_engine(
+    dataset: Dataset, policy: Policy, config: Config, plan: Plan, board: Any, stage: str, adaptive: dict[str, Any] | None, engine: int,
+    pool: Pool,
+) -> Dataset:  # fmt: skip
     from ray.data import ActorPoolStrategy
 
-    pool = plan.generation
     # A block that waits for its rewards leaves the engine to others.
     blocks = BLOCKS_PER_ENGINE * (2 if adaptive else 1)
+    worker: type[actors.GenerateGroups] = AdaptiveGroups if adaptive else actors.GenerateGroups
+    if engine:  # a name of its own in what Ray and the watchdog say
+        worker = type(f"GenerateGroups_{engine + 1}", (worker,), {})
     return dataset.map_batches(
-        AdaptiveGroups if adaptive else actors.GenerateGroups,
+        worker,
         fn_constructor_kwargs={
             "policy": policy,
             "on_gpu": pool.num_gpus > 0,
@@ -94,6 +93,7 @@ def attach_generation(
             "board": board,
             "stage": stage,
             "max_attempts": config.cluster.max_attempts,
+            "engine": engine,
             **(adaptive or {}),
         },
         batch_size=None,
@@ -204,9 +204,9 @@ def run_groups(run: GroupRun, config: Config, plan: Plan, board: Any, sample: bo
         )
     last = list(config.rewards)[-1]
     for pools in plan.phases:
-        objectives = [name for name in pools if name != GENERATION and score]
+        objectives = [name for name in pools if not is_generation(name) and score]
         stage = run.score_stage if last in objectives else f"{run.score_stage}_{objectives[-1]}" if objectives else None
-        _run_phase(run, config, plan, board, sizes, sample and GENERATION in pools, objectives, stage)
+        _run_phase(run, config, plan, board, sizes, sample and any(map(is_generation, pools)), objectives, stage)
     why: str | None = ray.get(board.sampling_ended.remote())
     return why
 
@@ -242,8 +242,14 @@ def _run_phase(
     )
     # While rewards are counted beside sampling: as many blocks as the engines hold may wait for theirs.
     streaming = sample and score_stage == run.score_stage and run.policy.max_candidates is None
-    ray.get(board.hold_sampling.remote(2 * BLOCKS_PER_ENGINE * plan.generation.size if streaming else None))
-    commit = {"ledger": run.ledger, "prompts": run.prompts, "groups": run.groups, "board": board}
+    ray.get(board.hold_sampling.remote(2 * BLOCKS_PER_ENGINE * plan.num_engines if streaming else None))
+    commit = {
+        "ledger": run.ledger,
+        "prompts": run.prompts,
+        "groups": run.groups,
+        "board": board,
+        "by_policy": run.policy.is_named,
+    }
     adaptive = None
     if run.policy.max_candidates is not None:
         assert score_stage is not None

@@ -170,7 +170,9 @@ def _predict(config: Config, directory: RunDir, num_prompts: int, price: float |
     if most < 2:
         raise DataError("the pilot has no prompt with two answers; look at its drops/")
     sizes = [2**i for i in range(1, most.bit_length()) if 2**i < most] + [most]
-    start = config.generation.num_candidates if config.generation.max_candidates else 2
+    if len(config.generation.policies) > 1:  # the first answers are those of the first policies alone
+        sizes = [most]
+    start = config.generation.num_candidates if config.generation.max_candidates else sizes[0]
     rounds = [start]
     while rounds[-1] < most:
         rounds.append(min(2 * rounds[-1], most))

@@ -8,11 +8,12 @@ and one writer is compared with the cluster first. Invariant: a plan that is ret
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rc_ray.config import Config, PoolConfig, RuleReward
 from rc_ray.errors import ClusterError
 from rc_ray.generation.hardware import num_cores
+from rc_ray.pipeline.policies import engines_of, members_of
 
 GENERATION = "generation"
 # Tickets an actor takes unless the configuration says otherwise.
@@ -42,9 +43,10 @@ class Pool:
 
 @dataclass(frozen=True)
 class Plan:
-    """All pools, the mode, and why. `phases`: names of the pools that run at the same time, phase after phase."""
+    """All pools, the mode, and why. `engines`: the vLLM pools, in the order of `policies.engines_of`. `phases`: names of the pools that
+    run at the same time, phase after phase."""
 
-    generation: Pool
+    engines: dict[str, Pool]
     rewards: dict[str, Pool]
     mode: str
     mode_reason: str
@@ -54,9 +56,19 @@ class Plan:
     train_gpus: float
     engines_per_host: int
 
+    @property
+    def generation(self) -> Pool:
+        """The vLLM pool, the first where policies need several."""
+        return next(iter(self.engines.values()))
+
+    @property
+    def num_engines(self) -> int:
+        """vLLM engines of all pools."""
+        return sum(pool.size for pool in self.engines.values())
+
     def lines(self) -> list[str]:
         """Human-readable, one line per pool."""
-        pools = [self.generation, *self.rewards.values()]
+        pools = [*self.engines.values(), *self.rewards.values()]
         width = max(len(p.name) for p in pools)
         shown = [f"{p.name:<{width}}  {p.size} actor(s) x {p.num_cpus:g} CPU, {p.num_gpus:g} GPU  ({p.reason})" for p in pools]
         return [*shown, f"{'mode':<{width}}  {self.mode}  ({self.mode_reason})"]
@@ -68,15 +80,16 @@ def make_plan(config: Config, cpus: float, gpus: float, num_nodes: int = 1) -> P
     Raises:
         ClusterError: the pools cannot fit even in phased mode.
     """
-    pools = {GENERATION: _pool(GENERATION, config.generation.pool, _engine_gpus(config) if gpus else 0.0, GENERATION_CPUS)}
+    engines = {name: _engine_pool(name, config, gpus) for name in engine_names(config)}
+    pools = dict(engines)
     for name, reward in config.rewards.items():
         is_rule = isinstance(reward, RuleReward)
         pools[name] = _pool(name, reward.pool, 0.0 if is_rule or not gpus else 1.0, RULE_CPUS if is_rule else CLASSIFIER_CPUS)
     rewards = list(config.rewards)
     ways = {
-        "streaming": [[GENERATION, *rewards]],
-        "phased": [[GENERATION], rewards],
-        "one by one": [[GENERATION], *([name] for name in rewards)],
+        "streaming": [[*engines, *rewards]],
+        "phased": [[*engines], rewards],
+        "one by one": [[*engines], *([name] for name in rewards)],
     }
     if config.cluster.mode == "streaming":
         del ways["phased"], ways["one by one"]
@@ -109,7 +122,7 @@ def make_plan(config: Config, cpus: float, gpus: float, num_nodes: int = 1) -> P
             f"{cpus:g} CPUs and {gpus:g} GPUs; lower num_workers or the share per worker"
         )
     return Plan(
-        generation=pools[GENERATION],
+        engines={name: pools[name] for name in engines},
         rewards={name: pools[name] for name in config.rewards},
         mode="streaming" if way == "streaming" else "phased",
         mode_reason=reason,
@@ -117,7 +130,7 @@ def make_plan(config: Config, cpus: float, gpus: float, num_nodes: int = 1) -> P
         task_cpus=task_cpus,
         train_cpus=train_cpus,
         train_gpus=train_gpus,
-        engines_per_host=max(1, math.ceil(pools[GENERATION].size / max(1, num_nodes))),
+        engines_per_host=max(1, math.ceil(sum(pools[name].size for name in engines) / max(1, num_nodes))),
     )
 
 
@@ -170,7 +183,26 @@ def _floor(cpus: float) -> float:
 
 
 def _configured(config: Config, name: str) -> PoolConfig:
-    return config.generation.pool if name == GENERATION else config.rewards[name].pool
+    return config.generation.pool if is_generation(name) else config.rewards[name].pool
+
+
+def engine_names(config: Config) -> list[str]:
+    """Names of the vLLM pools: `generation`, or where policies need several, with the policies of each."""
+    engines = engines_of(members_of(config))
+    if len(engines) == 1:
+        return [GENERATION]
+    return [f"{GENERATION} {'+'.join(member.name for member in engine)}" for engine in engines]
+
+
+def is_generation(name: str) -> bool:
+    """Whether a pool samples."""
+    return name.partition(" ")[0] == GENERATION
+
+
+def _engine_pool(name: str, config: Config, gpus: float) -> Pool:
+    pool = _pool(name, config.generation.pool, _engine_gpus(config) if gpus else 0.0, GENERATION_CPUS)
+    # Each of several models has a pool of its own, all alike.
+    return pool if name == GENERATION else replace(pool, reason=f"a model of its own; {pool.reason}")
 
 
 def _pool(name: str, pool: PoolConfig, gpus: float, cpus: float) -> Pool:

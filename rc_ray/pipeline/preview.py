@@ -20,6 +20,8 @@ from rc_ray.models.resolve import local_model
 from rc_ray.pipeline import stages
 from rc_ray.pipeline.cluster import local_cpus
 from rc_ray.pipeline.plan import Plan, make_plan
+from rc_ray.pipeline.policies import lines as policy_lines
+from rc_ray.pipeline.policies import members_of
 from rc_ray.pipeline.progress import duration
 from rc_ray.pipeline.prompts import BadRow, read_cells, to_messages
 from rc_ray.pipeline.run import ConfigSource
@@ -54,6 +56,7 @@ class Preview:
             "# volume",
         ]
         shown.append(f"prompts      {self.num_prompts} to sample, {self.num_bad_rows} bad or repeated rows")
+        shown += [f"policy       {line}" for line in policy_lines(c)]
         shown.append(
             f"candidates   {self.num_prompts} x {c.generation.num_candidates} = {self.num_prompts * c.generation.num_candidates}, "
             f"at most {self.max_tokens:,} tokens"
@@ -91,7 +94,10 @@ def plan(
         else:
             seen.add(key)
     max_tokens = len(seen) * resolved.generation.num_candidates * resolved.generation.max_tokens
-    parameters = _parameters(resolved.model)
+    members = members_of(resolved)
+    sizes = [_parameters(member.model) for member in members]
+    weights = [member.weight for member in members]
+    parameters = None if None in sizes else round(sum(w * (n or 0) for w, n in zip(weights, sizes, strict=True)) / sum(weights))
     notes = []
     if cpus is None:
         notes.append(f"planned for a local cluster with {logical} CPUs ({reason}); --cpus and --gpus plan for another")
@@ -101,7 +107,9 @@ def plan(
         notes.append(f"vLLM on CPU: {cpu_engine_environment(pools.engines_per_host)[1]}")
     seconds = None
     if parameters:
-        flops = GPU_FLOPS * pools.generation.total_gpus if on_gpu else CPU_FLOPS_PER_CORE * num_cores()
+        flops = (
+            GPU_FLOPS * sum(pool.total_gpus for pool in pools.engines.values()) if on_gpu else CPU_FLOPS_PER_CORE * num_cores()
+        )
         seconds = 2 * parameters * max_tokens / flops
         notes.append(
             f"time assumes {parameters / 1e6:.0f} M parameters and {flops / 1e9:.0f} GFLOP/s sustained, all answers of full length"

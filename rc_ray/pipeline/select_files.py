@@ -184,13 +184,15 @@ def _say(metrics: dict[str, Any], emit: Callable[[str], None]) -> None:
     )
 
 
-def _build(source: ScoredSource, config: SelectionConfig, fitted: Fitted, size: int) -> SelectionReport:
+def _build(
+    source: ScoredSource, config: SelectionConfig, fitted: Fitted, size: int, sizes: list[int] | None = None
+) -> SelectionReport:
     if lacks_scale(config, fitted):
         measured: list[Summary] = []
         for table in source.tables(size, rewards_only=True):
             _look(table, scale_only(config), measured)
         fitted = replace(fitted, scale=fit(measured[0], scale_only(config)).scale)
-    builder = ReportBuilder(config, fitted)
+    builder = ReportBuilder(config, fitted, sizes)
     for table in source.tables(size):
         builder.add(table)
     return builder.finish()
@@ -202,7 +204,9 @@ def report_of_run(source: ConfigSource, overrides: Iterable[str] = (), emit: Cal
     run = rundir.open_existing(config.output)
     fitted = fitted_of(run)
     candidates = ScoredSource.open(run.candidates.uri)
-    report = _build(candidates, config.selection, fitted, candidates.rows_per_table)
+    # Of several policies, the first answers of a group are those of the first policies alone.
+    sizes = [config.generation.num_candidates] if len(config.generation.policies) > 1 else None
+    report = _build(candidates, config.selection, fitted, candidates.rows_per_table, sizes)
     run.report.write_json("selection.json", report.as_dict())
     emit(report.text())
     return report

@@ -28,11 +28,12 @@ from rc_ray.ledger.ledger import Ledger, chunk_name
 from rc_ray.ledger.rundir import RunDir
 from rc_ray.models import embedded
 from rc_ray.models.identity import model_identity
-from rc_ray.models.resolve import check_model, local_model, max_context
+from rc_ray.models.resolve import check_adapter, check_model, local_model, max_context
 from rc_ray.pipeline import prompts as sources
-from rc_ray.pipeline.graph import GroupRun, budget_end, policy_of, run_groups
+from rc_ray.pipeline.graph import GroupRun, budget_end, run_groups
 from rc_ray.pipeline.pilot import side_by_side
 from rc_ray.pipeline.plan import Plan
+from rc_ray.pipeline.policies import members_of, model_names, policy_of
 from rc_ray.rewards.rule import load_function
 
 PROMPTS, EVAL_PROMPTS, SAMPLE, SCORE, SELECT, TRAIN, EVALUATE = (
@@ -62,19 +63,31 @@ def check(config: Config) -> dict[str, str]:
     if config.evaluation.prompts is not None:
         hashes[EVAL_PROMPTS] = sources.check_source("evaluation.prompts", config.evaluation.prompts)
     rundir.check_owner(config, hashes)
-    check_model("model", config.model, config.revision)
-    if not config.model.startswith("embedded:") or embedded.is_built(config.model):
-        context = max_context(config.model)
-        if context is not None and config.generation.max_model_len > context:
-            raise DataError(
-                f"generation.max_model_len = {config.generation.max_model_len}: the model {config.model!r} reads at most {context} tokens; lower it"
-            )
+    _check_policies(config)
     for name, reward in config.rewards.items():
         if reward.kind == "classifier":
             check_model(f"rewards.{name}.model", reward.model, reward.revision)
         else:
             load_function(reward.function, reward.args, f"rewards.{name}.function")
     return hashes
+
+
+def _check_policies(config: Config) -> None:
+    named = {"model": (config.model, config.revision)}
+    for member in members_of(config):
+        field = f"generation.policies.{member.name}" if config.generation.policies else "generation"
+        if (member.model, member.revision) not in named.values():
+            named[f"{field}.model"] = (member.model, member.revision)
+        if member.adapter is not None:
+            check_adapter(f"{field}.adapter", member.adapter)
+    for field, (model, revision) in named.items():
+        check_model(field, model, revision)
+        if not model.startswith("embedded:") or embedded.is_built(model):
+            context = max_context(model)
+            if context is not None and config.generation.max_model_len > context:
+                raise DataError(
+                    f"generation.max_model_len = {config.generation.max_model_len}: the model {model!r} reads at most {context} tokens; lower it"
+                )
 
 
 def prepare(config: Config, hashes: dict[str, str], emit: Emit) -> RunDir:
@@ -109,7 +122,11 @@ def prepare(config: Config, hashes: dict[str, str], emit: Emit) -> RunDir:
 
 def build_models(config: Config, emit: Emit) -> None:
     """Unpacks or trains the embedded models that a configuration names, once per machine."""
-    names = {config.model, *(r.model for r in config.rewards.values() if r.kind == "classifier")}
+    names = {
+        config.model,
+        *(m.model for m in members_of(config)),
+        *(r.model for r in config.rewards.values() if r.kind == "classifier"),
+    }
     for name in sorted(n for n in names if n.startswith("embedded:") and not embedded.is_built(n)):
         started = time.monotonic()
         if name.startswith("embedded:reward-"):
@@ -139,7 +156,7 @@ def pin_models(config: Config, run: RunDir) -> None:
     Raises:
         ResumeError: a model changed since the run began.
     """
-    found = {config.model: model_identity(config.model, config.revision)}
+    found = {key: model_identity(*named) for key, named in model_names(config).items()}
     for reward in config.rewards.values():
         if reward.kind == "classifier":
             found[reward.model] = model_identity(reward.model, reward.revision)
@@ -196,7 +213,7 @@ def _record_timing(run: RunDir, session: Session) -> None:
     if not worked:
         return
     before = run.manifest().get("timing") or {"tokens": 0, "seconds": 0.0}
-    pools = {session.plan.generation.name: session.plan.generation, **session.plan.rewards}
+    pools = {**session.plan.engines, **session.plan.rewards}
     run.update_manifest(
         timing={
             "tokens": before["tokens"] + (counts[SAMPLE].tokens if SAMPLE in counts else 0),
@@ -209,10 +226,23 @@ def _record_timing(run: RunDir, session: Session) -> None:
 def select_chunk(items: pa.Table, run: RunDir, config: Config, fitted: Fitted) -> pa.Table:
     """Selects the pairs of one chunk and commits them with its drops."""
     (chunk,) = items.column("chunk").to_pylist()
-    selected = select_pairs(run.candidates.read_table(f"{chunk_name(chunk)}.parquet"), config.selection, fitted)
+    groups = run.candidates.read_table(f"{chunk_name(chunk)}.parquet")
+    selected = select_pairs(groups, config.selection, fitted)
     counts = {"paired": selected.num_paired, **Counter(selected.drops.column("reason").to_pylist())}
-    run.ledger.commit(SELECT, chunk, counts, {run.pairs: selected.pairs, run.drops: selected.drops})
+    chosen = _policies_of_pairs(groups, selected.pairs) if config.generation.policies else {}
+    run.ledger.commit(SELECT, chunk, {**counts, **chosen}, {run.pairs: selected.pairs, run.drops: selected.drops})
     return pa.table({"groups": [sum(counts.values())]})
+
+
+def _policies_of_pairs(groups: pa.Table, pairs: pa.Table) -> dict[str, int]:
+    """How many chosen and rejected answers of the pairs came from each policy, under names such as `policy.large.chosen`."""
+    columns = groups.column("prompt_id").to_pylist(), groups.column("candidates").to_pylist()
+    candidates = dict(zip(*columns, strict=True))
+    counts: Counter[str] = Counter()
+    for pair in pairs.select(["prompt_id", "chosen_index", "rejected_index"]).to_pylist():
+        for side in ("chosen", "rejected"):
+            counts[f"policy.{candidates[pair['prompt_id']][pair[f'{side}_index']]['policy']}.{side}"] += 1
+    return dict(counts)
 
 
 def summarize_chunk(items: pa.Table, run: RunDir, config: Config) -> pa.Table:
@@ -340,12 +370,27 @@ def evaluates(config: Config) -> bool:
     return config.training.enabled and config.evaluation.prompts is not None
 
 
+def _sampling(config: Config, ledger: Ledger) -> dict[str, Any]:
+    """Totals of what was sampled; with several policies also of each, and how many of its answers are in pairs."""
+    totals = ledger.totals(SAMPLE)
+    counts: dict[str, Any] = {key: value for key, value in totals.items() if not key.startswith("policy.")}
+    if config.generation.policies:
+        totals |= ledger.totals(SELECT)
+        counts["policies"] = {
+            m.name: {
+                what: int(totals.get(f"policy.{m.name}.{what}", 0)) for what in ("candidates", "tokens", "chosen", "rejected")
+            }
+            for m in members_of(config)
+        }
+    return counts
+
+
 def report(config: Config, run: RunDir) -> dict[str, Any]:
     """Writes metrics.json, the HTML report and the dataset card from what the stages recorded; returns the metrics."""
     ledger: Ledger = run.ledger
     metrics: dict[str, Any] = {
         "identity": identity(run),
-        "sampling": ledger.totals(SAMPLE),
+        "sampling": _sampling(config, ledger),
         "fingerprint": run.manifest()["fingerprint"],
     }
     if ledger.is_finished(TRAIN):

@@ -18,38 +18,33 @@ from typing import Any
 from rc_ray.core.ids import candidate_seed
 from rc_ray.generation.engine import Candidate
 from rc_ray.pipeline import actors, graph
-from rc_ray.pipeline.actors import GenerateGroups, Policy
+from rc_ray.pipeline.actors import GenerateGroups
 from rc_ray.pipeline.adaptive import AdaptiveGroups
-from rc_ray.pipeline.attempts import Attempts
+from rc_ray.pipeline.policies import Policy
 from rc_ray.pipeline.progress import Reporter
 
 WORDS = [f"word{i}" for i in range(1000)]
 
 
 class _Replay:
-    """In the place of `GenerateGroups.__init__`; `answers_of(row, policy)` gives the answers of a prompt in order."""
+    """In the place of the engine, whose answers are those of the record in order."""
 
     _policy: Policy
 
-    def _open(self, policy: Policy, board: Any, stage: str, max_attempts: int) -> None:
-        self._policy = policy
-        self._reporter = Reporter(board, stage)
-        self._attempts = Attempts(board, stage, max_attempts)
-        self._reporter.ready()
-
-    def _submit(self, row: dict[str, Any], number: int) -> Future[list[Candidate]]:
+    def _submit(self, row: dict[str, Any], number: int) -> list[tuple[str, Future[list[Candidate]]]]:
         have, seed = len(row["candidates"] or []), candidate_seed(self._policy.seed, row["prompt_id"])
-        texts = recorded_answers(row["prompt"][-1]["content"], self._policy.model)[have:number]
+        texts = recorded_answers(row["prompt"][-1]["content"], self._policy.members[0].model)[have:number]
         future: Future[list[Candidate]] = Future()
         future.set_result([Candidate(t, list(range(len(t) // 4)), "stop", seed + have + i, -1.0) for i, t in enumerate(texts)])
-        return future
+        return [(self._policy.members[0].name, future)]
 
 
 class ReplayGroups(_Replay, GenerateGroups):
     """`GenerateGroups` without a model."""
 
     def __init__(self, policy: Policy, board: Any, stage: str, max_attempts: int, **_: Any) -> None:
-        self._open(policy, board, stage, max_attempts)
+        self._open(policy, 0, board, stage, max_attempts)
+        self._reporter.ready()
 
 
 class ReplayAdaptiveGroups(_Replay, AdaptiveGroups):
@@ -66,7 +61,8 @@ class ReplayAdaptiveGroups(_Replay, AdaptiveGroups):
         score_stage: str,
         **_: Any,
     ) -> None:
-        self._open(policy, board, stage, max_attempts)
+        self._open(policy, 0, board, stage, max_attempts)
+        self._reporter.ready()
         self._scorers, self._selection, self._calls = scorers, selection, 0
         self._scored = Reporter(board, score_stage)
 

@@ -35,6 +35,7 @@ def write_scored(path: Path) -> None:
                 "finish_reason": pa.array(np.where(rng.random(count) < 0.1, "length", "stop")),
                 "seed": pa.array(np.arange(count)),
                 "logprob": pa.array(rng.normal(size=count)),
+                "policy": pa.array(["policy"]).take(pa.array(np.zeros(count, dtype=np.int64))),
             }
             candidates = pa.ListArray.from_arrays(
                 offsets, pa.StructArray.from_arrays(list(columns.values()), fields=list(schemas.CANDIDATE))

@@ -10,9 +10,8 @@ import pytest
 
 from rc_ray.config import GenerationConfig, SelectionConfig
 from rc_ray.core import schemas
-from rc_ray.pipeline.actors import Policy
 from rc_ray.pipeline.adaptive import AdaptiveGroups
-from rc_ray.pipeline.attempts import Attempts
+from rc_ray.pipeline.policies import Member, Policy
 from rc_ray.pipeline.progress import Reporter
 from tests.conftest import Drawn
 
@@ -26,11 +25,11 @@ class Replayed(AdaptiveGroups):
         generation = GenerationConfig(
             num_candidates=num_candidates, max_candidates=max_candidates, target_gap=selection.pop("target_gap", None)
         )
-        self._policy = Policy("recorded", None, False, generation, num_candidates, max_candidates, 0)
+        policy = Policy((Member("policy", "recorded"),), generation, num_candidates, max_candidates, 0)
+        self._open(policy, 0, None, "sample", 3)
         self._selection = SelectionConfig(**selection)
         self._scorers = {"a": [], "b": []}
-        self._reporter = self._scored = Reporter(None, "sample")
-        self._attempts = Attempts(None, "sample", 3)
+        self._scored = Reporter(None, "sample")
         self.recorded, self.rounds = recorded, 0
 
     def _sample(self, rows: list[dict[str, Any]], number: int, one_by_one: bool) -> None:

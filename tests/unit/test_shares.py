@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
+from rc_ray.core.ids import candidate_seed
 from rc_ray.core.shares import candidate_ranges, share_offset
 
 WEIGHTS = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6)
@@ -51,6 +52,13 @@ def test_offsets_are_those_of_their_prompt_and_seed() -> None:
     assert share_offset(0, "a") == share_offset(0, "a")
     assert len({share_offset(0, "a"), share_offset(1, "a"), share_offset(0, "b")}) == 3
     assert 0 <= share_offset(0, "a") < 1
+    # Not the hash that seeds are made of, so shares and answers are independent.
+    assert share_offset(0, "a") != candidate_seed(0, "a") / 2**48
+
+
+def test_rounding_loses_no_candidate() -> None:
+    ranges = candidate_ranges([0.1] * 10, 64, 1 - 2**-48)
+    assert ranges[-1][1] == 64
 
 
 @pytest.mark.parametrize(("offset", "sizes"), [(0.0, [6, 2]), (0.999, [6, 2])])
