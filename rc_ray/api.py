@@ -275,7 +275,7 @@ def _connect(config: Config) -> Plan:
 
     stages.build_models(config, print)
     cluster, _ = connect(config.cluster)
-    return make_plan(config, cluster.cpus, cluster.gpus, cluster.num_nodes)
+    return make_plan(config, cluster.cpus, cluster.gpus, cluster.num_nodes, cluster.gpus_per_node)
 
 
 def _read_groups(config: Config) -> Dataset:

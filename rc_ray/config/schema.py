@@ -16,6 +16,9 @@ from pydantic import AwareDatetime, Field, field_validator, model_validator
 from rc_ray.config.base import NAME_PATTERN, Section
 from rc_ray.config.selection import SelectionConfig
 
+# vLLM's names for how many devices share one engine.
+PARALLEL_SIZES = ("tensor_parallel_size", "pipeline_parallel_size")
+
 
 def _deployment(default: Any = ..., **kwargs: Any) -> Any:
     """A field that says where and how fast a run goes, not what comes out: left out of the run's fingerprint."""
@@ -23,10 +26,13 @@ def _deployment(default: Any = ..., **kwargs: Any) -> Any:
 
 
 class PoolConfig(Section):
-    """One Ray Data actor pool of fixed size."""
+    """One Ray Data actor pool, of fixed size unless `max_size` is given."""
 
     size: int = Field(1, ge=1)
-    """Number of actors."""
+    """Number of actors: always, or with `max_size` at least and to begin with."""
+
+    max_size: int | None = Field(None, ge=2)
+    """For clusters that grow with the work: actors are added while blocks wait, up to so many. None: always `size`."""
 
     num_cpus: float | None = Field(None, gt=0)
     """Ray CPUs reserved per actor. None: chosen by the planner, with the reason printed."""
@@ -34,6 +40,18 @@ class PoolConfig(Section):
     num_gpus: float | None = Field(None, ge=0)
     """Ray GPUs reserved per actor. None: tensor x pipeline parallel size for generation and 1 for a reward model when the
     cluster has GPUs, otherwise 0. Fractions put several actors on one GPU."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> PoolConfig:
+        if self.max_size is not None and self.max_size <= self.size:
+            raise ValueError(
+                f"max_size ({self.max_size}) has no effect unless it is above size ({self.size}), with which the pool begins; raise or remove it"
+            )
+        if self.num_gpus is not None and self.num_gpus > 1 and not self.num_gpus.is_integer():
+            raise ValueError(
+                f"num_gpus ({self.num_gpus:g}) must be a whole number above 1: Ray has no fractions of several GPUs"
+            )
+        return self
 
 
 class PromptsConfig(Section):
@@ -141,6 +159,10 @@ class GenerationConfig(Section):
     stop: tuple[str, ...] = ()
     """Strings that end an answer."""
 
+    group_timeout_s: float | None = Field(None, gt=0)
+    """A group that is not finished so many seconds after its first token is given up as `generation_failed`; waiting for a place in the
+    engine does not count. Depends on how fast the engine is, so results may differ from run to run. None: no limit."""
+
     engine: dict[str, Any] = {}
     """Further vLLM engine arguments by vLLM's own names, e.g. `{tensor_parallel_size: 2, gpu_memory_utilization: 0.85}`;
     checked against vLLM's own list before anything starts."""
@@ -173,6 +195,24 @@ class GenerationConfig(Section):
         for name in self.engine:
             if "lora" in name and not adapters:
                 raise ValueError(f"engine.{name} has no effect without an adapter; give `adapter` or `policies.NAME.adapter`")
+        return self
+
+    @property
+    def devices_per_engine(self) -> int:
+        """Devices one engine needs: tensor x pipeline parallel size."""
+        tensor, pipeline = (self.engine.get(name, 1) for name in PARALLEL_SIZES)
+        return int(tensor * pipeline)
+
+    @model_validator(mode="after")
+    def _devices(self) -> GenerationConfig:
+        for name in PARALLEL_SIZES:
+            if not isinstance(self.engine.get(name, 1), int) or self.engine.get(name, 1) < 1:
+                raise ValueError(f"engine.{name} ({self.engine[name]!r}) must be a whole number of at least 1")
+        needed, given = self.devices_per_engine, self.pool.num_gpus
+        if needed > 1 and given and given != needed:
+            raise ValueError(
+                f"pool.num_gpus ({given:g}) is not tensor_parallel_size x pipeline_parallel_size of the engine ({needed}); remove it"
+            )
         return self
 
     @model_validator(mode="after")
@@ -454,6 +494,12 @@ class Config(Section):
                 "selection.strategy rc_filter filters existing pairs, but a run samples groups; use rcs, or `rc-ray select --input`"
             )
         if self.generation.max_candidates is not None:
+            growing = [name for name, reward in self.rewards.items() if reward.pool.max_size is not None]
+            if growing:
+                raise ValueError(
+                    f"rewards.{growing[0]}.pool.max_size has no effect with generation.max_candidates, where the engines ask a fixed number "
+                    "of scorers; set pool.size"
+                )
             if self.selection.strategy not in ("rcs", "rc_all"):
                 raise ValueError(
                     f"generation.max_candidates has no effect with selection.strategy {self.selection.strategy}, which takes a pair from "

@@ -3,6 +3,8 @@
 `submit` may be called from many threads; each group is one request with `n` candidates and comes back whole. The thread owns
 the engine: nothing else touches it. Invariant: every submitted group ends with N candidates or with an error; when the
 engine dies, all groups in flight get that error.
+
+A group begins with the first token of its first candidate, which is when the engine has a place for it, not when it is submitted.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -17,6 +20,8 @@ from typing import Any
 
 from rc_ray.config import GenerationConfig
 from rc_ray.generation.arguments import check_engine_arguments, lora_arguments
+from rc_ray.generation.hardware import engine_choices
+from rc_ray.generation.load import Load
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,10 @@ class EngineDied(RuntimeError):
     """The engine cannot go on; its process must be replaced."""
 
 
+class GroupTimedOut(RuntimeError):
+    """A group took longer than `generation.group_timeout_s`."""
+
+
 class SamplingEngine:
     """Samples N candidates per prompt with one vLLM engine.
 
@@ -84,20 +93,17 @@ class SamplingEngine:
         trust_remote_code: bool = False,
         adapters: Mapping[str, str] | None = None,
         with_base: bool = True,
+        gpu_share: float = 1.0,
+        across_nodes: bool = False,
     ) -> None:
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        arguments: dict[str, Any] = {
-            "enable_prefix_caching": True,
-            "max_num_seqs": 256 if on_gpu else 32,
-            "disable_log_stats": True,
-        }
-        if not on_gpu:
-            # Compilation costs minutes and gains nothing here; seeded requests that are prefilled in chunks kill the CPU engine.
-            arguments |= {"enforce_eager": True, "enable_chunked_prefill": False}
         check_engine_arguments(config.engine)
-        arguments |= config.engine
+        choices = engine_choices(config.engine, config.max_model_len, on_gpu, gpu_share, across_nodes)
+        arguments: dict[str, Any] = (
+            {"disable_log_stats": True} | {name: value for name, (value, _) in choices.items()} | config.engine
+        )
         if adapters:
             from vllm.lora.request import LoRARequest
 
@@ -105,7 +111,6 @@ class SamplingEngine:
             self._adapters = {name: LoRARequest(name, i, path) for i, (name, path) in enumerate(adapters.items(), 1)}
         else:  # options for the adapters of another policy's engine
             arguments = {name: value for name, value in arguments.items() if "lora" not in name}
-        arguments.setdefault("max_num_batched_tokens", max(config.max_model_len, 4096))
         self._config = config
         _hide_llvmlite()
         self._engine = LLMEngine.from_engine_args(
@@ -122,6 +127,7 @@ class SamplingEngine:
         self._queue: queue.SimpleQueue[_Request] = queue.SimpleQueue()
         self._on_tokens: Callable[[int], None] | None = None
         self._died: BaseException | None = None
+        self._load, self._load_lock = Load(), threading.Lock()
         threading.Thread(target=self._loop, name="vllm-engine", daemon=True).start()
 
     def submit(
@@ -140,23 +146,53 @@ class SamplingEngine:
             self._queue.put(_Request(prompt_ids, seed, num_candidates, adapter, future))
         return future
 
+    def take_load(self) -> Load:
+        """The load since it was taken last."""
+        with self._load_lock:
+            load, self._load = self._load, Load()
+        return load
+
     def _loop(self) -> None:
         in_flight: dict[str, _Request] = {}
-        number = 0
+        waiting: dict[
+            str, str
+        ] = {}  # groups without a token yet -> vLLM's id of their first candidate, in the order of submission
+        begun_s: dict[str, float] = {}  # in the order in which they began
+        number = most = 0
+        seen_s = time.monotonic()
         try:
             while True:
                 # Wait only when nothing decodes; otherwise take what has arrived and go on stepping.
                 while not in_flight or not self._queue.empty():
                     request = self._queue.get()
+                    if not in_flight:
+                        idle_s, seen_s = time.monotonic() - seen_s, time.monotonic()
+                        with self._load_lock:
+                            self._load.add_time(idle_s, 0, most)
                     number += 1
                     try:
-                        in_flight[self._add(str(number), request)] = request
+                        waiting[str(number)] = self._add(str(number), request)
+                        in_flight[str(number)] = request
                     except Exception as error:  # vLLM refuses this one request; the others go on
                         request.future.set_exception(error)
-                for output in self._engine.step():
-                    if output.finished:
-                        done = in_flight.pop(output.request_id)
-                        done.future.set_result(self._candidates(output, done))
+                held, most = len(in_flight), max(most, len(in_flight))
+                finished = [output for output in self._engine.step() if output.finished]
+                now = time.monotonic()
+                for name, first in list(waiting.items()):
+                    state = self._engine.output_processor.request_states.get(first)
+                    if state is None or not state.is_prefilling:
+                        begun_s[name] = now
+                        del waiting[name]
+                with self._load_lock:
+                    self._load.add_time(now - seen_s, held, most)
+                    for output in finished:
+                        self._load.add_group(now - begun_s[output.request_id])
+                seen_s = now
+                for output in finished:
+                    del begun_s[output.request_id]
+                    done = in_flight.pop(output.request_id)
+                    done.future.set_result(self._candidates(output, done))
+                self._give_up(in_flight, begun_s, now)
         except BaseException as error:
             self._died = error
             for request in in_flight.values():
@@ -164,11 +200,27 @@ class SamplingEngine:
             while not self._queue.empty():
                 self._queue.get().future.set_exception(EngineDied(f"{type(error).__name__}: {error}"))
 
+    def _give_up(self, in_flight: dict[str, _Request], begun_s: dict[str, float], now: float) -> None:
+        """Aborts the groups that have taken too long."""
+        limit = self._config.group_timeout_s
+        if limit is None:
+            return
+        for name, begun in list(begun_s.items()):
+            if now - begun < limit:
+                break
+            self._engine.abort_request([name])
+            with self._load_lock:
+                self._load.add_group(now - begun_s.pop(name))
+            in_flight.pop(name).future.set_exception(
+                GroupTimedOut(f"not finished within generation.group_timeout_s = {limit:g}")
+            )
+
     def _add(self, name: str, request: _Request) -> str:
+        """Hands a group to vLLM; returns vLLM's id of its first candidate."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        self._engine.add_request(
+        identity = self._engine.add_request(
             name,
             {"prompt_token_ids": request.prompt_ids},
             SamplingParams(
@@ -184,7 +236,7 @@ class SamplingEngine:
             ),
             lora_request=None if request.adapter is None else self._adapters[request.adapter],
         )
-        return name
+        return identity if request.num_candidates == 1 else f"0_{identity}"
 
     def _candidates(self, output: Any, request: _Request) -> list[Candidate]:
         outputs = sorted(output.outputs, key=lambda o: o.index)

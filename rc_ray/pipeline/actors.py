@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,7 +27,12 @@ from rc_ray.pipeline.policies import Member, Policy, engines_of
 from rc_ray.pipeline.progress import Reporter
 from rc_ray.rewards.base import Score
 
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from rc_ray.generation.engine import Candidate
 CHUNK, SAMPLED, SCORED = "chunk", "sampled", "scored"
+Prompt = tuple[Member, list[int], int, int]  # policy, token ids, and which candidates [first, end) it is to give
 
 
 def load_chunk(items: pa.Table, prompts: Folder, groups: Folder) -> pa.Table:
@@ -59,7 +64,8 @@ class GenerateGroups:
     _in_rounds = False  # whether a group that was sampled may be sampled again
 
     def __init__(
-        self, policy: Policy, on_gpu: bool, engines_per_host: int, board: Any | None, stage: str, max_attempts: int, engine: int = 0
+        self, policy: Policy, on_gpu: bool, gpu_share: float, across_nodes: bool, engines_per_host: int, board: Any | None, stage: str,
+        max_attempts: int, engine: int = 0,
     ) -> None:  # fmt: skip
         from rc_ray.generation.hardware import choose_dtype, cpu_engine_environment
 
@@ -84,6 +90,8 @@ class GenerateGroups:
             trust_remote_code,
             adapters,
             len(adapters) < len(own),
+            gpu_share,
+            across_nodes,
         )
         self._reporter.ready()
 
@@ -134,9 +142,13 @@ class GenerateGroups:
                 with self._attempts.group(row["prompt_id"]) as given_up:
                     self._finish(row, ("generation_failed", given_up) if given_up else self._submit(row, number))
             return
-        pending = [(row, self._submit(row, number)) for row in rows]
+        # How long an answer becomes is unknown; of what is known, the prompt, the longest goes first, so that it does not end last.
+        rendered = [(row, self._prompts(row, number)) for row in rows]
+        rendered.sort(key=lambda pair: sum(len(p[1]) for p in pair[1]) if isinstance(pair[1], list) else 0, reverse=True)
+        pending = [(row, self._ask(row, prompts) if isinstance(prompts, list) else prompts) for row, prompts in rendered]
         for row, answers in pending:
             self._finish(row, answers)
+        self._reporter.add_load(self._engine.take_load())
 
     def _finish(self, row: dict[str, Any], pending: Any) -> None:
         """Waits for what `_submit` returned and enters it into the row."""
@@ -159,6 +171,11 @@ class GenerateGroups:
 
     def _submit(self, row: dict[str, Any], number: int) -> Any:
         """Futures of the candidates that are lacking, each with its policy, or (reason, detail) when the prompt cannot be sampled."""
+        prompts = self._prompts(row, number)
+        return self._ask(row, prompts) if isinstance(prompts, list) else prompts
+
+    def _prompts(self, row: dict[str, Any], number: int) -> list[Prompt] | tuple[str, str]:
+        """What to ask each policy for, or (reason, detail) when the prompt cannot be sampled."""
         limits = self._policy.generation
         prompts = []
         for member, first, end in self._lacking(row, number):
@@ -173,17 +190,21 @@ class GenerateGroups:
                     f"{whose}{len(ids)} prompt tokens + max_tokens {limits.max_tokens} > max_model_len {limits.max_model_len}",
                 )
             prompts.append((member, ids, first, end))
+        return prompts
+
+    def _ask(self, row: dict[str, Any], prompts: list[Prompt]) -> list[tuple[str, Future[list[Candidate]]]]:
         seed = candidate_seed(self._policy.seed, row["prompt_id"])
         return [
             (member.name, self._engine.submit(ids, seed + first, end - first, member.name if member.adapter else None))
             for member, ids, first, end in prompts
         ]
 
-    def _collect(self, row: dict[str, Any], futures: list[tuple[str, Any]]) -> tuple[str, str] | None:
+    def _collect(self, row: dict[str, Any], futures: list[tuple[str, Future[list[Candidate]]]]) -> tuple[str, str] | None:
         """Appends the candidates of the futures to the row; returns (reason, detail) of one that has none."""
-        from rc_ray.generation.engine import EngineDied
+        from rc_ray.generation.engine import EngineDied, GroupTimedOut
 
         for name, future in futures:
+            whose = f"policy {name}: " if len(self._policy.members) > 1 else ""
             try:
                 row["candidates"] += [{**vars(candidate), "policy": name} for candidate in future.result()]
             except EngineDied as error:
@@ -191,8 +212,9 @@ class GenerateGroups:
                 print(f"rc_ray: the vLLM engine died: {error}", file=sys.stderr, flush=True)
                 self._reporter.error(f"the vLLM engine died: {error}"[:500], leaving=True)
                 os._exit(1)
+            except GroupTimedOut as error:
+                return "generation_failed", f"{whose}{error}"
             except Exception as error:  # vLLM refused this request
-                whose = f"policy {name}: " if len(self._policy.members) > 1 else ""
                 return "generation_failed", f"{whose}{type(error).__name__}: {error}"[:500]
         return None
 

@@ -11,6 +11,7 @@ more depends on the group alone. So the candidates are a prefix of those of a fi
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pyarrow as pa
@@ -23,6 +24,30 @@ from rc_ray.pipeline.progress import Reporter
 
 # Drops that more candidates may turn into pairs.
 CURABLE = frozenset({"no_consistent_pair", "winner_truncated", "winner_too_long", "identical_candidates", "too_few_candidates"})
+
+
+class ScorerPool:
+    """The scorers of one objective: the one with the fewest requests of this process outstanding is asked next, in turn among equals."""
+
+    def __init__(self, handles: list[Any]) -> None:
+        self._handles = handles
+        self._outstanding = [0] * len(handles)
+        self._last = -1
+        self._lock = threading.Lock()
+
+    def ask(self, table: Any) -> tuple[int, Any]:
+        """Sends groups to a scorer; returns its number, for `answered`, and the reference of its answer."""
+        with self._lock:
+            turns = (self._last + 1 + i for i in range(len(self._handles)))
+            self._last = min((turn % len(self._handles) for turn in turns), key=self._outstanding.__getitem__)
+            self._outstanding[self._last] += 1
+            number = self._last
+        return number, self._handles[number].score.remote(table)
+
+    def answered(self, number: int) -> None:
+        """Says that a scorer's answer is there."""
+        with self._lock:
+            self._outstanding[number] -= 1
 
 
 class AdaptiveGroups(GenerateGroups):
@@ -41,9 +66,9 @@ class AdaptiveGroups(GenerateGroups):
         self, scorers: dict[str, list[Any]], selection: SelectionConfig, score_stage: str, board: Any | None, **others: Any
     ) -> None:
         super().__init__(board=board, **others)
-        self._scorers, self._selection = scorers, selection
+        self._scorers = {name: ScorerPool(handles) for name, handles in scorers.items()}
+        self._selection = selection
         self._scored = Reporter(board, score_stage)
-        self._calls = 0
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Fills `candidates` (or `failure`) and the rewards of every row."""
@@ -84,10 +109,11 @@ class AdaptiveGroups(GenerateGroups):
         first = next(iter(self._scorers))
         new = [{**row, "candidates": row["candidates"][len(row["rewards"][first][0]) :]} for row in rows]
         table = ray.put(pa.Table.from_pylist(new, schema=schemas.GROUP))
-        self._calls += 1
-        asked = {name: pool[self._calls % len(pool)].score.remote(table) for name, pool in self._scorers.items()}
-        for name, answer in asked.items():
-            for row, values, missing in zip(rows, *ray.get(answer), strict=True):
+        asked = {name: pool.ask(table) for name, pool in self._scorers.items()}
+        for name, (number, answer) in asked.items():
+            scores = ray.get(answer)
+            self._scorers[name].answered(number)
+            for row, values, missing in zip(rows, *scores, strict=True):
                 known, why = row["rewards"][name]
                 row["rewards"][name] = ([*known, *values], why or missing)
 

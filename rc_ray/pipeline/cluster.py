@@ -26,6 +26,7 @@ class ClusterInfo:
     cpus: float
     gpus: float
     num_nodes: int
+    gpus_per_node: tuple[float, ...]
     description: str
 
 
@@ -68,8 +69,11 @@ def connect(config: ClusterConfig) -> tuple[ClusterInfo, bool]:
             description = f"the cluster at {ray.get_runtime_context().gcs_address}"
     resources = ray.cluster_resources()
     _quiet_ray_data()
-    num_nodes = sum(bool(node["Alive"]) for node in ray.nodes())
-    return ClusterInfo(resources.get("CPU", 0.0), resources.get("GPU", 0.0), num_nodes, description), connected_here
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus_per_node = tuple(node["GPU"] for node in nodes if node.get("GPU"))
+    return ClusterInfo(
+        resources.get("CPU", 0.0), resources.get("GPU", 0.0), len(nodes), gpus_per_node, description
+    ), connected_here
 
 
 @contextlib.contextmanager

@@ -5,11 +5,16 @@
 One block is one chunk all the way, so a chunk is what is retried and committed. In streaming mode this is one graph; in phased
 mode each phase is a graph of its own, from commit to commit. `attach_*` add the same pools to any Dataset of the user's.
 
+The pools use `Dataset.map_batches_internal`, since `map_batches` refuses whole blocks (`batch_size=None`) where there are GPUs (Ray 2.60). A block goes
+to the actor of a pool that has the fewest (`_ActorPool.select_actors`), not to one on the block's node, which Ray would rather: blocks are
+small and take long, so a full engine beside an idle one costs more than moving them.
+
 An actor that dies is replaced by Ray and its blocks are run again without a limit of Ray's; `attempts.py` sets the limit.
 """
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +28,7 @@ from rc_ray.pipeline import actors
 from rc_ray.pipeline.actors import CHUNK, SAMPLED, SCORED
 from rc_ray.pipeline.adaptive import AdaptiveGroups
 from rc_ray.pipeline.budget import exhausted
+from rc_ray.pipeline.placement import EnginePlacement
 from rc_ray.pipeline.plan import Plan, Pool, is_generation, reward_threads
 from rc_ray.pipeline.policies import Policy, engines_of
 from rc_ray.pipeline.watchdog import TooManyFailedError, check_failed, guard
@@ -84,11 +90,18 @@ def _attach_engine(
     worker: type[actors.GenerateGroups] = AdaptiveGroups if adaptive else actors.GenerateGroups
     if engine:  # a name of its own in what Ray and the watchdog say
         worker = type(f"GenerateGroups_{engine + 1}", (worker,), {})
-    return dataset.map_batches(
+    resources: dict[str, Any] = {"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus}
+    if plan.across_nodes:
+        placement = EnginePlacement(round(pool.num_gpus), pool.num_cpus)
+        placement.remove_after(dataset)
+        resources |= {"num_gpus": 0, "ray_remote_args_fn": placement.arguments}
+    return _least_loaded(dataset).map_batches_internal(
         worker,
         fn_constructor_kwargs={
             "policy": policy,
             "on_gpu": pool.num_gpus > 0,
+            "gpu_share": pool.num_gpus,
+            "across_nodes": plan.across_nodes,
             "engines_per_host": plan.engines_per_host,
             "board": board,
             "stage": stage,
@@ -99,14 +112,28 @@ def _attach_engine(
         batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(
-            size=pool.size,
-            max_tasks_in_flight_per_actor=blocks,
+            **_sizes(pool),
+            # Ray Data adds actors when the blocks given to a pool are 1.75 times those that it can work on (`AutoscalingConfig`), so some have to
+            # wait at the actors of a pool that may grow. Where it may not, a block waits for whichever actor is free first.
+            max_tasks_in_flight_per_actor=blocks if pool.max_size is None else 2 * blocks,
             max_concurrent_calls_per_actor=blocks,
             enable_true_multi_threading=True,
         ),
-        num_cpus=pool.num_cpus,
-        num_gpus=pool.num_gpus,
+        **resources,
     )
+
+
+def _least_loaded(dataset: Dataset) -> Dataset:
+    """The same Dataset, whose blocks go to the actor with the fewest wherever they lie."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray 2.60 means to take the switch away and decide by itself
+        dataset.context.execution_options.actor_locality_enabled = False
+    return dataset
+
+
+def _sizes(pool: Pool) -> dict[str, Any]:
+    """The size of a pool for Ray Data's `ActorPoolStrategy`."""
+    return {"size": pool.size} if pool.max_size is None else {"min_size": pool.size, "max_size": pool.max_size}
 
 
 def _scorer_arguments(config: Config, plan: Plan, objective: str, board: Any, stage: str, num_pools: int) -> dict[str, Any]:
@@ -148,7 +175,7 @@ def attach_rewards(
     names = list(config.rewards) if objectives is None else objectives
     for objective in names:
         pool = plan.rewards[objective]
-        dataset = dataset.map_batches(
+        dataset = _least_loaded(dataset).map_batches_internal(
             # A name of its own in what Ray and the watchdog say.
             type(f"ScoreGroups_{objective}", (actors.ScoreGroups,), {}),
             fn_constructor_kwargs={
@@ -158,7 +185,7 @@ def attach_rewards(
             },
             batch_size=None,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(size=pool.size),
+            compute=ActorPoolStrategy(**_sizes(pool)),
             num_cpus=pool.num_cpus,
             num_gpus=pool.num_gpus,
         )

@@ -2,17 +2,21 @@
 
 Ray's CPUs are tickets, not cores: a pool whose tickets do not fit waits without a word. So the sum of all pools, one reader
 and one writer is compared with the cluster first. Invariant: a plan that is returned fits; one that cannot fit is a
-`ClusterError` that says what to change.
+`ClusterError` that says what to change. A pool that may grow is planned with the size it begins with: its maximum is for a cluster that grows.
+
+The devices of an engine are on one node where nodes are large enough, which Ray sees to by itself when one actor asks for them all; otherwise
+each engine has a placement group (`placement.py`).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from rc_ray.config import Config, PoolConfig, RuleReward
 from rc_ray.errors import ClusterError
-from rc_ray.generation.hardware import num_cores
+from rc_ray.generation.hardware import choose_dtype, cpu_engine_environment, engine_choices, num_cores
 from rc_ray.pipeline.policies import engines_of, members_of
 
 GENERATION = "generation"
@@ -29,6 +33,13 @@ class Pool:
     num_cpus: float
     num_gpus: float
     reason: str
+    max_size: int | None = None
+    """For a pool that grows with the work."""
+
+    @property
+    def largest(self) -> int:
+        """The most actors that it may have."""
+        return self.max_size or self.size
 
     @property
     def total_cpus(self) -> float:
@@ -55,6 +66,10 @@ class Plan:
     train_cpus: float
     train_gpus: float
     engines_per_host: int
+    across_nodes: bool = False
+    """Whether each engine has a placement group over several nodes."""
+    settings: list[str] = field(default_factory=list)
+    """What is chosen for the engines, with reasons."""
 
     @property
     def generation(self) -> Pool:
@@ -63,24 +78,40 @@ class Plan:
 
     @property
     def num_engines(self) -> int:
-        """vLLM engines of all pools."""
-        return sum(pool.size for pool in self.engines.values())
+        """vLLM engines of all pools, at most."""
+        return sum(pool.largest for pool in self.engines.values())
 
     def lines(self) -> list[str]:
-        """Human-readable, one line per pool."""
+        """Human-readable, one line per pool, and one per setting of the engines."""
         pools = [*self.engines.values(), *self.rewards.values()]
         width = max(len(p.name) for p in pools)
-        shown = [f"{p.name:<{width}}  {p.size} actor(s) x {p.num_cpus:g} CPU, {p.num_gpus:g} GPU  ({p.reason})" for p in pools]
-        return [*shown, f"{'mode':<{width}}  {self.mode}  ({self.mode_reason})"]
+        shown = [
+            f"{p.name:<{width}}  {p.size}{f' to {p.max_size}' if p.max_size else ''} actor(s) x {p.num_cpus:g} CPU, {p.num_gpus:g} GPU  "
+            f"({p.reason})"
+            for p in pools
+        ]
+        settings = [f"{'engine':<{width}}  {setting}" for setting in self.settings]
+        return [*shown, f"{'mode':<{width}}  {self.mode}  ({self.mode_reason})", *settings]
 
 
-def make_plan(config: Config, cpus: float, gpus: float, num_nodes: int = 1) -> Plan:
+def make_plan(
+    config: Config, cpus: float, gpus: float, num_nodes: int = 1, gpus_per_node: Sequence[float] | None = None
+) -> Plan:
     """Pools for a cluster with so many CPUs and GPUs.
+
+    Args:
+        gpus_per_node: of each node; None: all GPUs are on one.
 
     Raises:
         ClusterError: the pools cannot fit even in phased mode.
     """
-    engines = {name: _engine_pool(name, config, gpus) for name in engine_names(config)}
+    engine_gpus = float(config.generation.devices_per_engine) if gpus else 0.0
+    if engine_gpus > gpus and config.generation.pool.num_gpus is None:
+        raise ClusterError(
+            f"one engine with generation.engine.tensor_parallel_size x pipeline_parallel_size needs {engine_gpus:g} GPUs and the whole cluster has "
+            f"{gpus:g}; lower these, or add GPUs"
+        )
+    engines = {name: _engine_pool(name, config, engine_gpus) for name in engine_names(config)}
     pools = dict(engines)
     for name, reward in config.rewards.items():
         is_rule = isinstance(reward, RuleReward)
@@ -121,6 +152,10 @@ def make_plan(config: Config, cpus: float, gpus: float, num_nodes: int = 1) -> P
             f"training.num_workers = {training.num_workers} x ({train_cpus:g} CPU, {train_gpus:g} GPU) does not fit the cluster's "
             f"{cpus:g} CPUs and {gpus:g} GPUs; lower num_workers or the share per worker"
         )
+    first = pools[next(iter(engines))]  # the others are as large
+    num_engines = len(engines) * first.largest
+    across_nodes, placed = _placement(config, first, len(engines), [gpus] if gpus_per_node is None else gpus_per_node)
+    engines_per_host = max(1, math.ceil(num_engines / max(1, num_nodes)))
     return Plan(
         engines={name: pools[name] for name in engines},
         rewards={name: pools[name] for name in config.rewards},
@@ -130,8 +165,54 @@ def make_plan(config: Config, cpus: float, gpus: float, num_nodes: int = 1) -> P
         task_cpus=task_cpus,
         train_cpus=train_cpus,
         train_gpus=train_gpus,
-        engines_per_host=max(1, math.ceil(sum(pools[name].size for name in engines) / max(1, num_nodes))),
+        engines_per_host=engines_per_host,
+        across_nodes=across_nodes,
+        settings=[*placed, *_settings(config, first, engines_per_host, across_nodes)],
     )
+
+
+def _placement(config: Config, pool: Pool, num_pools: int, gpus_per_node: Sequence[float]) -> tuple[bool, list[str]]:
+    """Whether each engine needs a placement group over several nodes, and the line that says so and why.
+
+    Raises:
+        ClusterError: a placement group is needed and the pool is to grow.
+    """
+    needed = round(pool.num_gpus)
+    backend = config.generation.engine.get("distributed_executor_backend")
+    if needed < 1 or (needed == 1 and backend != "ray"):
+        return False, []
+    nodes = ", ".join(f"{n:g}" for n in gpus_per_node)
+    on_one = sum(int(n // needed) for n in gpus_per_node)
+    if backend == "ray":
+        reason = "distributed_executor_backend: ray is set in the configuration"
+    elif on_one >= num_pools * pool.size:
+        return False, [f"its {needed} GPUs on one node  (nodes have {nodes} GPUs, which holds {on_one} such engines)"]
+    else:
+        reason = f"nodes have {nodes} GPUs, which holds {on_one} of {num_pools * pool.size} engines on one node each"
+    if backend not in (None, "ray"):
+        raise ClusterError(
+            f"generation.engine.distributed_executor_backend = {backend!r} needs the {needed} GPUs of an engine on one node, but {reason}; remove "
+            "it, so that engines are spread with Ray, or lower tensor_parallel_size or generation.pool.size"
+        )
+    if pool.max_size is not None:
+        raise ClusterError(
+            f"generation.pool.max_size = {pool.max_size}: engines over several nodes are a pool of fixed size ({reason}); remove it, or use nodes "
+            f"with {needed} GPUs"
+        )
+    return True, [f"its {needed} GPUs in a placement group over several nodes, with vLLM's Ray executor  ({reason})"]
+
+
+def _settings(config: Config, pool: Pool, engines_per_host: int, across_nodes: bool) -> list[str]:
+    """The settings of the engines that are chosen, with reasons."""
+    generation, on_gpu = config.generation, pool.num_gpus > 0
+    dtype, why = choose_dtype(generation.dtype, on_gpu)
+    where = "" if on_gpu else "; on hosts like this one"
+    chosen = [f"dtype={dtype}  ({why}{where})"]
+    if not on_gpu:
+        environment, why = cpu_engine_environment(engines_per_host)
+        chosen.append(f"{' '.join(f'{name}={value}' for name, value in environment.items())}  ({why}{where})")
+    choices = engine_choices(generation.engine, generation.max_model_len, on_gpu, pool.num_gpus, across_nodes)
+    return chosen + [f"{name}={value}  ({why})" for name, (value, why) in choices.items()]
 
 
 def _fit(
@@ -171,7 +252,7 @@ def _fit(
         for name in ours:
             pool = pools[name]
             reason = f"{pool.reason}; CPU tickets cut to fit {cpus:g} CPUs"
-            pools[name] = Pool(name, pool.size, _floor(pool.num_cpus * free / flexible), pool.num_gpus, reason)
+            pools[name] = replace(pool, num_cpus=_floor(pool.num_cpus * free / flexible), reason=reason)
         if not task_is_fixed:
             task_cpus = min(task_cpus, _floor(config.cluster.task_cpus * free / flexible))
     return pools, task_cpus
@@ -200,7 +281,7 @@ def is_generation(name: str) -> bool:
 
 
 def _engine_pool(name: str, config: Config, gpus: float) -> Pool:
-    pool = _pool(name, config.generation.pool, _engine_gpus(config) if gpus else 0.0, GENERATION_CPUS)
+    pool = _pool(name, config.generation.pool, gpus, GENERATION_CPUS)
     # Each of several models has a pool of its own, all alike.
     return pool if name == GENERATION else replace(pool, reason=f"a model of its own; {pool.reason}")
 
@@ -209,12 +290,12 @@ def _pool(name: str, pool: PoolConfig, gpus: float, cpus: float) -> Pool:
     num_gpus = pool.num_gpus if pool.num_gpus is not None else gpus
     num_cpus = pool.num_cpus if pool.num_cpus is not None else cpus
     device = f"{num_gpus:g} GPU each" if num_gpus else "CPU"
-    return Pool(name, pool.size, num_cpus, num_gpus, f"size {pool.size} as configured, on {device}")
-
-
-def _engine_gpus(config: Config) -> float:
-    engine = config.generation.engine
-    return float(engine.get("tensor_parallel_size", 1) * engine.get("pipeline_parallel_size", 1))
+    size = (
+        f"size {pool.size} as configured"
+        if pool.max_size is None
+        else f"size {pool.size}, up to {pool.max_size} while blocks wait"
+    )
+    return Pool(name, pool.size, num_cpus, num_gpus, f"{size}, on {device}", pool.max_size)
 
 
 def reward_threads(num_pools: int) -> int:

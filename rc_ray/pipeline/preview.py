@@ -14,7 +14,7 @@ from typing import Any
 
 from rc_ray.config import Config, load_config, to_yaml
 from rc_ray.errors import DataError
-from rc_ray.generation.hardware import choose_dtype, cpu_engine_environment, num_cores
+from rc_ray.generation.hardware import num_cores
 from rc_ray.models import embedded
 from rc_ray.models.resolve import local_model
 from rc_ray.pipeline import stages
@@ -101,10 +101,6 @@ def plan(
     notes = []
     if cpus is None:
         notes.append(f"planned for a local cluster with {logical} CPUs ({reason}); --cpus and --gpus plan for another")
-    dtype, why = choose_dtype(resolved.generation.dtype, on_gpu)
-    notes.append(f"dtype {dtype} ({why})")
-    if not on_gpu:
-        notes.append(f"vLLM on CPU: {cpu_engine_environment(pools.engines_per_host)[1]}")
     seconds = None
     if parameters:
         flops = (

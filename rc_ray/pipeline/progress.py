@@ -10,10 +10,11 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rc_ray.config import BudgetConfig
+from rc_ray.generation.load import Load
 from rc_ray.pipeline.attempts import AttemptBook
 from rc_ray.pipeline.budget import exhausted
 
@@ -35,6 +36,7 @@ class StageProgress:
     started_s: float = 0.0
     ready_s: float = 0.0
     updated_s: float = 0.0
+    load: Load = field(default_factory=Load)
 
     def line(self) -> str:
         """`sample  32/96 prompts  33 %  105 tok/s  ETA 1m 20s`."""
@@ -90,6 +92,12 @@ class ProgressBoard(AttemptBook):
             stage.tokens += tokens
             stage.failed += failed
             stage.updated_s = time.monotonic()
+
+    def add_load(self, name: str, load: Load) -> None:
+        """Adds what a stage's engines did."""
+        stage = self._stages.get(name)
+        if stage is not None:
+            stage.load += load
 
     def ready(self, name: str) -> None:
         """A worker has loaded and waits for work; the first one starts the stage's clock."""
@@ -167,6 +175,11 @@ class Reporter:
             self._failed += failed
             if time.monotonic() - self._sent_s >= FLUSH_INTERVAL_S:
                 self._send()
+
+    def add_load(self, load: Load) -> None:
+        """Sends what the engine did."""
+        if self._board is not None and load.engine_s:
+            self._board.add_load.remote(self._stage, load)
 
     def may_sample(self, chunk: int) -> bool:
         """Whether the budget has room for a chunk; waits while that depends on chunks whose rewards are still to come."""

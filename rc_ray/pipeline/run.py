@@ -18,6 +18,7 @@ from rc_ray.config import Config, fingerprint, load_config
 from rc_ray.core.statistics import Interval
 from rc_ray.errors import ResumeError
 from rc_ray.evaluation.compare import Comparison, ObjectiveComparison
+from rc_ray.generation.load import load_line
 from rc_ray.ledger import rundir
 from rc_ray.ledger.lock import DriverLock
 from rc_ray.ledger.rundir import RunDir
@@ -63,6 +64,8 @@ class RunResult:
             + (f" + {identity['not_sampled']} not sampled" if identity["not_sampled"] else ""),
         ]
         shown += [f"    {count:6d}  {reason}" for reason, count in sorted(identity["drops"].items(), key=lambda i: -i[1])]
+        if "group_p50_s" in self.metrics["sampling"]:
+            shown.append(f"engines        {load_line(self.metrics['sampling'])}")
         if "evaluation" in self.metrics:
             shown += ["rewards before and after training", *("  " + line for line in comparison(self.metrics).lines())]
         if "pilot" in self.metrics:
@@ -174,7 +177,7 @@ def _run_pending(config: Config, run_dir: RunDir, todo: list[str], emit: stages.
     stages.pin_models(config, run_dir)
     with connected(config.cluster) as cluster:
         emit(f"ray       {cluster.description}: {cluster.num_nodes} node(s), {cluster.cpus:g} CPUs, {cluster.gpus:g} GPUs")
-        plan = make_plan(config, cluster.cpus, cluster.gpus, cluster.num_nodes)
+        plan = make_plan(config, cluster.cpus, cluster.gpus, cluster.num_nodes, cluster.gpus_per_node)
         for line in plan.lines():
             emit(f"pool      {line}")
         with live_progress(config.cluster.progress_interval_s, emit) as board:

@@ -23,6 +23,7 @@ from rc_ray.errors import DataError, ResumeError
 from rc_ray.evaluation.compare import compare
 from rc_ray.evaluation.report import write_report
 from rc_ray.generation.arguments import check_engine_arguments
+from rc_ray.generation.load import Load
 from rc_ray.ledger import rundir
 from rc_ray.ledger.ledger import Ledger, chunk_name
 from rc_ray.ledger.rundir import RunDir
@@ -213,11 +214,13 @@ def _record_timing(run: RunDir, session: Session) -> None:
     if not worked:
         return
     before = run.manifest().get("timing") or {"tokens": 0, "seconds": 0.0}
+    load = counts[SAMPLE].load if SAMPLE in counts else Load()
     pools = {**session.plan.engines, **session.plan.rewards}
     run.update_manifest(
         timing={
             "tokens": before["tokens"] + (counts[SAMPLE].tokens if SAMPLE in counts else 0),
             "seconds": before["seconds"] + max(s.updated_s for s in worked) - min(s.ready_s for s in worked),
+            "load": (Load.from_dict(before["load"]) + load if "load" in before else load).as_dict(),
             "gpus": max(sum(pools[name].total_gpus for name in phase) for phase in session.plan.phases),
         }
     )
@@ -393,6 +396,9 @@ def report(config: Config, run: RunDir) -> dict[str, Any]:
         "sampling": _sampling(config, ledger),
         "fingerprint": run.manifest()["fingerprint"],
     }
+    load = (run.manifest().get("timing") or {}).get("load")
+    if load:
+        metrics["sampling"] |= Load.from_dict(load).summary()
     if ledger.is_finished(TRAIN):
         metrics["training"] = ledger.facts(TRAIN)
     if ledger.is_finished(EVALUATE):

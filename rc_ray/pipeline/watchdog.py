@@ -39,7 +39,7 @@ def guard(dataset: Dataset, board: Any, config: ClusterConfig) -> Dataset:
             self._state.check(executor)
 
     context = dataset.context
-    context.custom_execution_callback_classes = [Watchdog]
+    context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, Watchdog]
     context.execution_no_progress_timeout_s = -1  # Ray's own guard knows blocks only, and neither stages nor errors
     return dataset
 

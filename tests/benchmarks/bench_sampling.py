@@ -66,14 +66,14 @@ def seeds_and_ids(spec: Spec) -> list[tuple[int, list[int]]]:
 def engine_arguments(spec: Spec) -> tuple[str, dict[str, Any]]:
     """Model and engine arguments as `SamplingEngine` sets them on CPUs."""
     from rc_ray.config import load_config
-    from rc_ray.generation.hardware import choose_dtype, cpu_engine_environment
+    from rc_ray.generation.hardware import choose_dtype, cpu_engine_environment, engine_choices
     from rc_ray.models.resolve import local_model
 
     os.environ |= cpu_engine_environment(1)[0] | {"VLLM_LOGGING_LEVEL": "WARNING"}
     generation = load_config(spec["config"]).generation
-    arguments = {"enable_prefix_caching": True, "max_num_seqs": 32, "enforce_eager": True, "enable_chunked_prefill": False}
+    choices = engine_choices(generation.engine, generation.max_model_len, on_gpu=False)
+    arguments: dict[str, Any] = {name: value for name, (value, _) in choices.items()} | generation.engine
     arguments |= {"dtype": choose_dtype(generation.dtype, False)[0], "max_model_len": generation.max_model_len, "seed": 0}
-    arguments |= {"max_num_batched_tokens": max(generation.max_model_len, 4096)} | generation.engine
     return local_model(load_config(spec["config"]).model), arguments
 
 

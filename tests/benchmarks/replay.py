@@ -17,26 +17,39 @@ from typing import Any
 
 from rc_ray.core.ids import candidate_seed
 from rc_ray.generation.engine import Candidate
+from rc_ray.generation.load import Load
 from rc_ray.pipeline import actors, graph
 from rc_ray.pipeline.actors import GenerateGroups
-from rc_ray.pipeline.adaptive import AdaptiveGroups
+from rc_ray.pipeline.adaptive import AdaptiveGroups, ScorerPool
 from rc_ray.pipeline.policies import Policy
 from rc_ray.pipeline.progress import Reporter
 
 WORDS = [f"word{i}" for i in range(1000)]
 
 
+class _NoEngine:
+    """Has no load to tell of."""
+
+    def take_load(self) -> Load:
+        return Load()
+
+
 class _Replay:
     """In the place of the engine, whose answers are those of the record in order."""
 
     _policy: Policy
+    _engine = _NoEngine()
 
-    def _submit(self, row: dict[str, Any], number: int) -> list[tuple[str, Future[list[Candidate]]]]:
-        have, seed = len(row["candidates"] or []), candidate_seed(self._policy.seed, row["prompt_id"])
-        texts = recorded_answers(row["prompt"][-1]["content"], self._policy.members[0].model)[have:number]
+    def _prompts(self, row: dict[str, Any], number: int) -> list[Any]:
+        return [(self._policy.members[0].name, [], len(row["candidates"] or ()), number)]
+
+    def _ask(self, row: dict[str, Any], prompts: list[Any]) -> list[tuple[str, Future[list[Candidate]]]]:
+        ((name, _, first, end),) = prompts
+        seed = candidate_seed(self._policy.seed, row["prompt_id"])
+        texts = recorded_answers(row["prompt"][-1]["content"], self._policy.members[0].model)[first:end]
         future: Future[list[Candidate]] = Future()
-        future.set_result([Candidate(t, list(range(len(t) // 4)), "stop", seed + have + i, -1.0) for i, t in enumerate(texts)])
-        return [(self._policy.members[0].name, future)]
+        future.set_result([Candidate(t, list(range(len(t) // 4)), "stop", seed + first + i, -1.0) for i, t in enumerate(texts)])
+        return [(name, future)]
 
 
 class ReplayGroups(_Replay, GenerateGroups):
@@ -63,7 +76,7 @@ class ReplayAdaptiveGroups(_Replay, AdaptiveGroups):
     ) -> None:
         self._open(policy, 0, board, stage, max_attempts)
         self._reporter.ready()
-        self._scorers, self._selection, self._calls = scorers, selection, 0
+        self._scorers, self._selection = {name: ScorerPool(handles) for name, handles in scorers.items()}, selection
         self._scored = Reporter(board, score_stage)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from rc_ray.config import GenerationConfig, SelectionConfig
 from rc_ray.core import schemas
-from rc_ray.pipeline.adaptive import AdaptiveGroups
+from rc_ray.pipeline.adaptive import AdaptiveGroups, ScorerPool
 from rc_ray.pipeline.policies import Member, Policy
 from rc_ray.pipeline.progress import Reporter
 from tests.conftest import Drawn
@@ -28,7 +28,7 @@ class Replayed(AdaptiveGroups):
         policy = Policy((Member("policy", "recorded"),), generation, num_candidates, max_candidates, 0)
         self._open(policy, 0, None, "sample", 3)
         self._selection = SelectionConfig(**selection)
-        self._scorers = {"a": [], "b": []}
+        self._scorers = {name: ScorerPool([]) for name in ("a", "b")}
         self._scored = Reporter(None, "sample")
         self.recorded, self.rounds = recorded, 0
 
@@ -76,6 +76,34 @@ def test_the_last_round_ends_at_the_maximum() -> None:
 def test_a_pair_below_the_target_gap_is_not_enough() -> None:
     found = Replayed(RECORDED, 2, 8, target_gap=2.5, gap="sum").outcome()
     assert [len(found[name]["candidates"]) for name in ("at once", "in the second round")] == [4, 4]
+
+
+class Scorer:
+    """Stands in for an actor's handle; keeps how often it was asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.score = self
+
+    def remote(self, table: str) -> str:
+        self.asked += 1
+        return table
+
+
+def test_the_scorer_with_the_fewest_requests_outstanding_is_asked_next_and_equals_take_turns() -> None:
+    scorers = [Scorer(), Scorer(), Scorer()]
+    pool = ScorerPool(scorers)
+    first = [pool.ask("groups") for _ in range(3)]
+    assert [number for number, _ in first] == [0, 1, 2]
+    assert [answer for _, answer in first] == ["groups"] * 3
+    pool.answered(1)
+    pool.answered(2)
+    # 0 still works on its first request, so it is passed over.
+    assert [pool.ask("groups")[0] for _ in range(2)] == [1, 2]
+    for number in range(3):
+        pool.answered(number)
+    assert [pool.ask("groups")[0] for _ in range(4)] == [0, 1, 2, 0]
+    assert [scorer.asked for scorer in scorers] == [3, 3, 3]
 
 
 def test_half_of_the_tokens_is_saved_at_the_yield_of_eight(alpaca_answers: Drawn) -> None:

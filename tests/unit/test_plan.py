@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from rc_ray.config import Config, load_config
-from rc_ray.errors import ClusterError
+from rc_ray.errors import ClusterError, ConfigError
+from rc_ray.generation import hardware
+from rc_ray.generation.hardware import engine_choices
 from rc_ray.pipeline.plan import make_plan, reward_threads
 
 BASE: dict[str, Any] = {
@@ -125,7 +127,14 @@ def test_parallel_sizes_of_the_engine_are_its_gpus() -> None:
     assert (plan.generation.num_gpus, plan.mode) == (4, "streaming")
     assert make_plan(config(*engine), cpus=32, gpus=5).mode == "phased"
     assert make_plan(config(*engine), cpus=32, gpus=0).generation.num_gpus == 0
-    assert make_plan(config(*engine, "generation.pool.num_gpus=2"), cpus=32, gpus=4).generation.num_gpus == 2
+    with pytest.raises(ClusterError, match=r"one engine with .* needs 4 GPUs and the whole cluster has 3"):
+        make_plan(config(*engine), cpus=32, gpus=3)
+    with pytest.raises(
+        ConfigError, match=r"pool\.num_gpus \(2\) is not tensor_parallel_size x pipeline_parallel_size of the engine \(4\)"
+    ):
+        config(*engine, "generation.pool.num_gpus=2")
+    with pytest.raises(ConfigError, match=r"engine\.tensor_parallel_size \('two'\) must be a whole number"):
+        config("generation.engine={tensor_parallel_size: two}")
 
 
 def test_asking_for_gpus_that_are_not_there_is_an_error() -> None:
@@ -173,8 +182,115 @@ def test_phases_are_fitted_one_by_one() -> None:
 
 def test_every_pool_has_a_line() -> None:
     lines = make_plan(config(), cpus=8, gpus=0).lines()
-    assert [line.split()[0] for line in lines] == ["generation", "helpful", "harmless", "length", "mode"]
+    assert [line.split()[0] for line in lines[:5]] == ["generation", "helpful", "harmless", "length", "mode"]
     assert lines[0] == "generation  1 actor(s) x 1 CPU, 0 GPU  (size 1 as configured, on CPU)"
+    assert {line.split()[0] for line in lines[5:]} == {"engine"}
+
+
+def settings(*overrides: str, **cluster: Any) -> str:
+    return "\n".join(make_plan(config(*overrides), **{"cpus": 32, "gpus": 0, **cluster}).lines())
+
+
+def test_a_pool_that_may_grow_is_planned_with_what_it_begins_with() -> None:
+    grows = config("generation.pool.size=2", "generation.pool.max_size=9", "rewards.helpful.pool.max_size=4")
+    plan = make_plan(grows, cpus=8, gpus=6, num_nodes=3)
+    assert (plan.mode, plan.generation.total_gpus, plan.generation.max_size) == ("streaming", 2, 9)
+    assert plan.lines()[0] == "generation  2 to 9 actor(s) x 1 CPU, 1 GPU  (size 2, up to 9 while blocks wait, on 1 GPU each)"
+    assert plan.lines()[1].startswith("helpful     1 to 4 actor(s)")
+    assert plan.engines_per_host == 3
+    cut = make_plan(grows, cpus=2, gpus=4)
+    assert (cut.generation.max_size, cut.rewards["helpful"].max_size) == (9, 4)
+    assert "cut to fit" in cut.generation.reason
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["generation.pool.max_size=2", "generation.pool.size=2"],
+            r"max_size \(2\) has no effect unless it is above size \(2\)",
+        ),
+        (["generation.pool.max_size=1"], "max_size"),
+        (["generation.pool.num_gpus=1.5"], r"num_gpus \(1\.5\) must be a whole number"),
+        (
+            ["generation.max_candidates=16", "rewards.helpful.pool.max_size=2"],
+            r"rewards\.helpful\.pool\.max_size has no effect with",
+        ),
+    ],
+)
+def test_pools_that_cannot_be_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(*overrides)
+
+
+TWO_BY_TWO = "generation.engine={tensor_parallel_size: 2, pipeline_parallel_size: 2}"
+
+
+def test_an_engine_is_on_one_node_where_nodes_hold_it_and_else_in_a_placement_group() -> None:
+    small = {"cpus": 32, "gpus": 8, "gpus_per_node": [4, 4]}
+    one = make_plan(config(TWO_BY_TWO, "training.enabled=false", "generation.pool.size=2"), **small)
+    assert not one.across_nodes
+    assert any("its 4 GPUs on one node  (nodes have 4, 4 GPUs, which holds 2 such engines)" in line for line in one.lines())
+    assert any("distributed_executor_backend=mp" in line for line in one.lines())
+    several = make_plan(config(TWO_BY_TWO, "training.enabled=false"), **{**small, "gpus_per_node": [3, 3, 2]})
+    assert several.across_nodes
+    text = "\n".join(several.lines())
+    assert (
+        "its 4 GPUs in a placement group over several nodes, with vLLM's Ray executor  (nodes have 3, 3, 2 GPUs, which holds 0 of 1"
+        in text
+    )
+    assert "distributed_executor_backend=ray" in text
+    # Enough GPUs in all, but two of the three engines only fit on a node each.
+    assert make_plan(
+        config(TWO_BY_TWO, "training.enabled=false", "generation.pool.size=3"), cpus=32, gpus=12, gpus_per_node=[4, 4, 2, 2]
+    ).across_nodes
+    # Ray's executor always gets its placement group, also for one GPU.
+    ray = "generation.engine={distributed_executor_backend: ray}"
+    assert make_plan(config(ray), cpus=32, gpus=8, gpus_per_node=[8]).across_nodes
+    assert not make_plan(config(), cpus=32, gpus=8, gpus_per_node=[1] * 8).across_nodes
+
+
+def test_an_engine_that_no_node_holds_and_that_cannot_be_spread_is_an_error() -> None:
+    small = {"cpus": 32, "gpus": 4, "gpus_per_node": [2, 2]}
+    alone = "generation.engine={tensor_parallel_size: 4, distributed_executor_backend: mp}"
+    with pytest.raises(
+        ClusterError,
+        match=r"distributed_executor_backend = 'mp' needs the 4 GPUs of an engine on one node, but nodes have 2, 2",
+    ):
+        make_plan(config(alone), **small)
+    with pytest.raises(ClusterError, match=r"max_size = 2: engines over several nodes are a pool of fixed size"):
+        make_plan(config(TWO_BY_TWO, "generation.pool.max_size=2"), **small)
+
+
+def test_engines_that_share_a_gpu_share_its_memory_unless_the_user_says_how() -> None:
+    shared = "generation.pool={size: 2, num_gpus: 0.5}"
+    assert "gpu_memory_utilization=0.45  (0.9 of the 0.5 GPU that the engine has)" in settings(shared, gpus=4)
+    assert "gpu_memory_utilization" not in settings(gpus=4)
+    assert "gpu_memory_utilization" not in settings(
+        "generation.pool={size: 2, num_gpus: 0.5}", "generation.engine={gpu_memory_utilization: 0.3}", gpus=4
+    )
+    assert "gpu_memory_utilization" not in settings(shared, "generation.engine={kv_cache_memory_bytes: 1000000000}", gpus=4)
+    third = engine_choices({}, 2048, on_gpu=True, gpu_share=1 / 3)["gpu_memory_utilization"][0]
+    assert 0.299 <= third <= 0.3  # three of them take no more than nine tenths
+
+
+def test_settings_of_cpu_engines_are_shown_with_their_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "num_cores", lambda: 12)
+    text = settings("generation.pool={size: 2, max_size: 3}", cpus=32)
+    for part in (
+        "dtype=",
+        "VLLM_CPU_OMP_THREADS_BIND=nobind",
+        "OMP_NUM_THREADS=4",
+        "65 instead of 107 tok/s",
+        "max_num_seqs=32",
+        "enforce_eager=True",
+    ):
+        assert part in text
+    assert "max_num_seqs" not in settings("generation.engine={max_num_seqs: 8}")
+    on_gpu = settings(gpus=4)
+    assert "OMP_NUM_THREADS" not in on_gpu
+    assert "enforce_eager" not in on_gpu
+    assert "max_num_seqs=256" in on_gpu
 
 
 def test_reward_threads_share_the_cores_and_are_never_none() -> None:

@@ -18,6 +18,7 @@ from rc_ray.core.selection import fit_selection, select_pairs
 from rc_ray.errors import ClusterError, ConfigError, ModelError, ResumeError
 from rc_ray.generation.arguments import lora_arguments
 from rc_ray.generation.engine import Candidate
+from rc_ray.generation.load import Load
 from rc_ray.ledger import rundir
 from rc_ray.models.resolve import check_adapter
 from rc_ray.pipeline import policies, stages
@@ -163,6 +164,9 @@ class Engine(GenerateGroups):
         self._renderers = {name: lambda messages: list(range(len(messages[0]["content"]))) for name in self._own}  # type: ignore[misc]
         self._engine = self
         self.refuses, self.asked, self.counted = refuses, 0, 0
+
+    def take_load(self) -> Load:
+        return Load()
 
     def submit(self, ids: list[int], seed: int, number: int, adapter: str | None) -> Future[list[Candidate]]:
         future: Future[list[Candidate]] = Future()
