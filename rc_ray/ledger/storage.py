@@ -95,7 +95,11 @@ class Folder:
             return bytes(stream.read())
 
     def write_bytes(self, name: str, content: bytes) -> None:
-        """Writes a file whole, replacing an older one."""
+        """Writes a file whole, replacing an older one.
+
+        Raises:
+            OSError: it cannot be written; the older one, or none, is there. `filename` is the file's.
+        """
         filesystem, path = self.filesystem()
         filesystem.create_dir(path, recursive=True)
         target = f"{path}/{name}"
@@ -110,8 +114,11 @@ class Folder:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(staged, target)
+        except OSError as error:
+            # A full disk names no file, other errors name the temporary one.
+            raise OSError(error.errno, error.strerror, target) from None
         finally:
-            if os.path.exists(staged):
+            with contextlib.suppress(OSError):
                 os.unlink(staged)
 
     def create(self, name: str, content: bytes) -> bool:
@@ -127,6 +134,9 @@ class Folder:
                     file.write(content)
             except FileExistsError:
                 return False
+            except OSError as error:
+                self.remove(name)
+                raise OSError(error.errno, error.strerror, f"{path}/{name}") from None
             return True
         if self.exists(name):
             return False

@@ -14,7 +14,9 @@ An actor that dies is replaced by Ray and its blocks are run again without a lim
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 # Blocks an actor works on at once: enough for the engine to find new groups while the last ones of a block still decode.
 BLOCKS_PER_ENGINE = 4
+# Between two errors in Python's traceback.
+DIRECT_CAUSE = "\n\nThe above exception was the direct cause of the following exception:\n\n"
 ITEM = pa.schema([(CHUNK, pa.int32()), (SAMPLED, pa.bool_()), (SCORED, pa.list_(pa.string()))])
 
 
@@ -302,12 +306,12 @@ def _run_phase(
 
 def _execute(dataset: Dataset, run: GroupRun, config: Config, board: Any, stage: str) -> None:
     import ray
-    from ray.exceptions import RayError
 
     try:
-        for _ in guard(dataset, board, config.cluster).iter_internal_ref_bundles():
-            pass
-        stages, errors = ray.get(board.state.remote())
+        with resumable(stage):
+            for _ in guard(dataset, board, config.cluster).iter_internal_ref_bundles():
+                pass
+            stages, errors = ray.get(board.state.remote())
         check_failed(stages, errors, config.cluster.max_failed_fraction)
     except TooManyFailedError:
         for name in (run.sample_stage, stage):
@@ -315,6 +319,19 @@ def _execute(dataset: Dataset, run: GroupRun, config: Config, board: Any, stage:
                 if counts["failed"]:
                     run.ledger.give_back(name, chunk)
         raise
+
+
+@contextlib.contextmanager
+def resumable(stage: str) -> Iterator[None]:
+    """Around what Ray executes for a stage.
+
+    Raises:
+        ClusterError: Ray raised something; its first cause is named.
+    """
+    from ray.exceptions import RayError
+
+    try:
+        yield
     except RayError as error:
         raise ClusterError(
             f"stage {stage} failed: {innermost(error)}\n"
@@ -338,7 +355,13 @@ def _is_limited(run: GroupRun, config: Config) -> bool:
 
 
 def innermost(error: BaseException) -> str:
-    """The first cause of an error that Ray wrapped, in one line."""
+    """The first cause of an error that Ray wrapped, in one line.
+
+    Causes that Ray Data wrapped in a worker do not travel with the error; they are in its text alone, the first one first.
+    """
+    first, mark, _ = str(error).partition(DIRECT_CAUSE)
+    if mark:
+        return first.strip().splitlines()[-1][:600]
     cause: BaseException = error
     while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None and inner is not cause:
         cause = inner

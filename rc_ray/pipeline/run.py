@@ -8,15 +8,17 @@ run starts no Ray, generates no token and trains no step.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rc_ray.config import Config, fingerprint, load_config
 from rc_ray.core.statistics import Interval
-from rc_ray.errors import ResumeError
+from rc_ray.errors import ClusterError, ResumeError
 from rc_ray.evaluation.compare import Comparison, ObjectiveComparison
 from rc_ray.generation.load import load_line
 from rc_ray.ledger import rundir
@@ -30,6 +32,7 @@ from rc_ray.pipeline.plan import make_plan
 from rc_ray.pipeline.progress import duration
 
 ConfigSource = str | Path | Mapping[str, Any] | Config
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 STAGES = ("sample", "score", "select", "train", "evaluate", "report")
 
 
@@ -112,7 +115,7 @@ def run(
     resolved = load_config(config, overrides)
     hashes = stages.check(resolved)
     emit(f"rc_ray    run directory {resolved.output}, configuration {fingerprint(resolved)[:8]}")
-    with DriverLock(Folder.at(resolved.output), emit):
+    with _told_what_to_do(resolved.output), DriverLock(Folder.at(resolved.output), emit):
         if fork_from is not None:
             fork(fork_from, resolved, hashes, emit)
         run_dir = stages.prepare(resolved, hashes, emit)
@@ -139,6 +142,24 @@ def run(
     for line in result.lines():
         emit(line)
     return result
+
+
+@contextlib.contextmanager
+def _told_what_to_do(output: str) -> Iterator[None]:
+    """Makes an error to act on of a disk that takes no more.
+
+    Raises:
+        ClusterError: it is full, read-only or closed to this user.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        raise ClusterError(
+            f"output = {output!r}: {error}\n"
+            "What was committed is kept; free some space, or make it writable, and run the same command again to resume."
+        ) from error
 
 
 def run_stage(run_directory: str, stage: str, emit: stages.Emit = print) -> RunResult | None:

@@ -31,7 +31,7 @@ from rc_ray.models import embedded
 from rc_ray.models.identity import model_identity
 from rc_ray.models.resolve import check_adapter, check_model, local_model, max_context
 from rc_ray.pipeline import prompts as sources
-from rc_ray.pipeline.graph import GroupRun, budget_end, run_groups
+from rc_ray.pipeline.graph import GroupRun, budget_end, resumable, run_groups
 from rc_ray.pipeline.pilot import side_by_side
 from rc_ray.pipeline.plan import Plan
 from rc_ray.pipeline.policies import members_of, model_names, policy_of
@@ -304,7 +304,8 @@ def select(config: Config, run: RunDir, session: Session | None, ended: str | No
         todo, fitted = scored, Fitted()
         if needs_fit(config.selection):
             summaries = chunked(scored).map_batches(summarize_chunk, fn_kwargs={"run": run, "config": config}, **small)
-            first, *others = (Summary.from_bytes(row["summary"]) for row in summaries.iter_rows())
+            with resumable(SELECT):
+                first, *others = (Summary.from_bytes(row["summary"]) for row in summaries.iter_rows())
             fitted = fit(sum(others, first), config.selection)
         run.update_manifest(selection={**fitted.as_dict(), "chunks": len(scored)})
     else:
@@ -313,8 +314,9 @@ def select(config: Config, run: RunDir, session: Session | None, ended: str | No
     done = sum(sizes[c] for c in scored if c not in todo)
     ray.get(session.board.begin.remote(SELECT, "prompts", sum(sizes[c] for c in scored), done))
     dataset = chunked(todo).map_batches(select_chunk, fn_kwargs={"run": run, "config": config, "fitted": fitted}, **small)
-    for row in dataset.iter_rows():
-        session.board.advance.remote(SELECT, row["groups"], 0)
+    with resumable(SELECT):
+        for row in dataset.iter_rows():
+            session.board.advance.remote(SELECT, row["groups"], 0)
 
 
 def identity(run: RunDir) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -106,12 +107,13 @@ def test_a_failed_write_leaves_the_old_content_and_no_temporary_file(
     folder.write_bytes("kept.json", b"old")
 
     def full(*_: Any) -> None:
-        raise OSError("no space left")
+        raise OSError(errno.ENOSPC, "no space left")
 
     monkeypatch.setattr(os, failing, full)
     for name in ("kept.json", "new.json"):
-        with pytest.raises(OSError, match="no space left"):
+        with pytest.raises(OSError, match="no space left") as error:
             folder.write_bytes(name, b"new content")
+        assert error.value.filename == str(tmp_path / "f" / name)
     assert files_below(tmp_path) == {"f/kept.json": b"old"}
 
 
