@@ -213,10 +213,15 @@ class Reporter:
 
 
 def start_board() -> Any:
-    """The board's actor on the connected cluster; it lives as long as a handle of it."""
-    import ray
+    """The board's actor on the connected cluster; it lives as long as a handle of it.
 
-    return ray.remote(num_cpus=0)(ProgressBoard).remote()  # type: ignore[attr-defined]
+    On this process's node: anywhere else, the end of another node would be the end of the run.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(ProgressBoard).remote()  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
