@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 
 def length(prompts: list[list[dict[str, Any]]], answers: list[str]) -> list[float | None]:
     return [float(len(answer)) for answer in answers]
+
+
+def slow_length(prompts: list[list[dict[str, Any]]], answers: list[str], pause_s: float) -> list[float | None]:
+    time.sleep(pause_s)
+    return length(prompts, answers)
 
 
 def deadly(prompts: list[list[dict[str, Any]]], answers: list[str], word: str) -> list[float | None]:
