@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +25,27 @@ def ray_session() -> Any:
     ray.shutdown()
 
 
-def candidates(folder: Path) -> dict[str, list[str]]:
+def candidates(folder: Path) -> dict[str, list[tuple[Any, ...]]]:
+    """Everything about the candidates by prompt, but for the log-probability, whose last digits depend on the batch."""
     return {
-        row["prompt_id"]: [c["text"] for c in row["candidates"]]
+        row["prompt_id"]: [(c["seed"], c["token_ids"], c["text"], c["finish_reason"]) for c in row["candidates"]]
         for file in folder.glob("*.parquet")
         for row in pq.read_table(file, columns=["prompt_id", "candidates"]).to_pylist()
     }
 
 
-def test_two_actors_and_other_chunks_give_the_same_candidates(
+def test_three_actors_and_other_chunks_in_another_order_give_the_same_candidates(
     finished_run: FinishedRun, tmp_path: Path, ray_session: Any
 ) -> None:
-    config = copy.deepcopy(finished_run.config) | {"output": str(tmp_path / "run")}
-    rc_ray.sample(config, overrides=["generation.pool.size=2", "cluster.chunk_size=5"])
+    prompts = Path(finished_run.config["prompts"]["path"]).read_text().splitlines(keepends=True)
+    (tmp_path / "shuffled.jsonl").write_text("".join(random.Random(0).sample(prompts, len(prompts))))
+    config = copy.deepcopy(finished_run.config) | {
+        "output": str(tmp_path / "run"),
+        "prompts": {"path": str(tmp_path / "shuffled.jsonl")},
+    }
+    rc_ray.sample(config, overrides=["generation.pool.size=3", "cluster.chunk_size=3"])
     again = candidates(tmp_path / "run" / "candidates")
+    assert sum(bool(group) for group in again.values()) == 30
     assert again == candidates(finished_run.folder / "candidates")
     # Scoring and selection then add up to the same pairs, from the command line and in phased order.
     assert main(["score", str(tmp_path / "run")]) == 0
