@@ -1,6 +1,6 @@
 """Sampling: against plain vLLM and ray.data.llm, its ledger, its memory at a million prompts, and what adaptive N saves.
 
-    python tests/benchmarks/bench_sampling.py [--quick] [--output DIR] [--only PART ...]
+    python tests/benchmarks/bench_sampling.py [--quick] [--output DIR] [--only PART ...] [--rounds N]
 
 Competitors take turns, each in a fresh process; a ratio is of one round, and printed are the median and, in brackets, the lowest
 and highest. All sample the same prompts with the same engine arguments, seeds and environment (`cpu_engine_environment`).
@@ -301,8 +301,8 @@ RULES = {name: {"kind": "rule", "function": f"replay:{name}"} for name in ("brev
 UNTRAINED = {"training": {"enabled": False}, "selection": {"allow_truncated_winner": True}}
 
 
-def part_engine(results: Results, folder: Path, output: Path) -> None:
-    number, tokens, rounds = (4, 8, 1) if results.quick else (32, 64, 3)
+def part_engine(results: Results, folder: Path, output: Path, rounds: int) -> None:
+    number, tokens = (4, 8) if results.quick else (32, 64)
     rewards = {name: {"kind": "classifier", "model": str(classifier(folder, seed))} for seed, name in enumerate(("a", "b"))}
     runs = Runs(folder, {
         "model": "embedded:smollm2-135m",
@@ -354,8 +354,8 @@ def tiny_model(folder: Path) -> Path:
     return make_llama(folder / "tiny", seed=0)
 
 
-def part_overhead(results: Results, folder: Path, output: Path) -> None:
-    number, rounds = (40, 1) if results.quick else (600, 5)
+def part_overhead(results: Results, folder: Path, output: Path, rounds: int) -> None:
+    number = 40 if results.quick else 600
     runs = Runs(folder, {
         "model": str(tiny_model(folder)),
         "prompts": {"path": str(prompts_file(folder, number))},
@@ -384,7 +384,7 @@ def part_overhead(results: Results, folder: Path, output: Path) -> None:
     results.bar(statistics.median(ledger) <= 0.02, f"the ledger takes <= 0.02 of the throughput: {spread(ledger, 3)}")
 
 
-def part_volume(results: Results, folder: Path, output: Path) -> None:
+def part_volume(results: Results, folder: Path, output: Path, rounds: int) -> None:
     sizes = (2_000, 4_000) if results.quick else (100_000, 1_000_000)
     model = tiny_model(folder)
     print(f"\nvolume: recorded answers, 4 per prompt, two rule rewards; {sizes[0]:,} and {sizes[1]:,} prompts")
@@ -451,7 +451,7 @@ def plot(found: list[Spec], sizes: tuple[int, ...], configs: list[Spec], path: P
     figure.savefig(path, dpi=120)
 
 
-def part_ledger(results: Results, folder: Path, output: Path) -> None:
+def part_ledger(results: Results, folder: Path, output: Path, rounds: int) -> None:
     prompts, size = (100_000 if results.quick else 10_000_000), 256
     records = folder / "ledger" / "sample"
     records.mkdir(parents=True)
@@ -467,7 +467,7 @@ def part_ledger(results: Results, folder: Path, output: Path) -> None:
     results.bar(found["seconds"] < 60 and found["peak"] < 2048, f"what is done is loaded in < 60 s and 2 GiB: {text}")
 
 
-def part_adaptive(results: Results, folder: Path, output: Path) -> None:
+def part_adaptive(results: Results, folder: Path, output: Path, rounds: int) -> None:
     if not ALPACA.exists():
         raise SystemExit(f"adaptive: the recorded answers are not there ({ALPACA}); leave the part out with --only")
     from replay import write_record
@@ -523,8 +523,10 @@ def main() -> int:
         return 0
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run; default: all")
+    parser.add_argument("--rounds", type=int, help="how often competitors take turns; default: 3, with --quick 1")
     options, output = options_of(__doc__, parser)
     results = Results(options.quick)
+    rounds = options.rounds or (1 if options.quick else 3)
     results.numbers["machine"] = machine()
     print(json.dumps(results.numbers["machine"]), flush=True)
     parts = {
@@ -536,7 +538,7 @@ def main() -> int:
     }
     for name in options.only:
         with tempfile.TemporaryDirectory() as folder:
-            parts[name](results, Path(folder), output)
+            parts[name](results, Path(folder), output, rounds)
     return results.finish("bench_sampling", output)
 
 
