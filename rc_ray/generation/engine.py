@@ -13,7 +13,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -113,22 +113,33 @@ class SamplingEngine:
             arguments = {name: value for name, value in arguments.items() if "lora" not in name}
         self._config = config
         _hide_llvmlite()
-        self._engine = LLMEngine.from_engine_args(
-            EngineArgs(
-                model=model,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-                dtype=dtype,  # type: ignore[arg-type]
-                max_model_len=config.max_model_len,
-                seed=0,
-                **arguments,
-            )
+        engine_arguments = EngineArgs(
+            model=model,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            dtype=dtype,  # type: ignore[arg-type]
+            max_model_len=config.max_model_len,
+            seed=0,
+            **arguments,
         )
         self._queue: queue.SimpleQueue[_Request] = queue.SimpleQueue()
-        self._on_tokens: Callable[[int], None] | None = None
         self._died: BaseException | None = None
         self._load, self._load_lock = Load(), threading.Lock()
-        threading.Thread(target=self._loop, name="vllm-engine", daemon=True).start()
+        loaded: Future[None] = Future()
+
+        def own() -> None:
+            # Loaded in the thread that steps it: each thread that computes has OpenMP threads of its own, and with more of them than
+            # cores OpenMP sleeps between operations instead of spinning, which takes a third of the speed of a small model.
+            try:
+                self._engine = LLMEngine.from_engine_args(engine_arguments)
+            except BaseException as error:
+                loaded.set_exception(error)
+                return
+            loaded.set_result(None)
+            self._loop()
+
+        threading.Thread(target=own, name="vllm-engine", daemon=True).start()
+        loaded.result()
 
     def submit(
         self, prompt_ids: list[int], seed: int, num_candidates: int, adapter: str | None = None
@@ -178,11 +189,13 @@ class SamplingEngine:
                 held, most = len(in_flight), max(most, len(in_flight))
                 finished = [output for output in self._engine.step() if output.finished]
                 now = time.monotonic()
-                for name, first in list(waiting.items()):
+                while waiting:
+                    name, first = next(iter(waiting.items()))
                     state = self._engine.output_processor.request_states.get(first)
-                    if state is None or not state.is_prefilling:
-                        begun_s[name] = now
-                        del waiting[name]
+                    if state is not None and state.is_prefilling:
+                        break  # vLLM begins them in this order
+                    begun_s[name] = now
+                    del waiting[name]
                 with self._load_lock:
                     self._load.add_time(now - seen_s, held, most)
                     for output in finished:

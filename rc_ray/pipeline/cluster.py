@@ -57,7 +57,8 @@ def connect(config: ClusterConfig) -> tuple[ClusterInfo, bool]:
         options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "ERROR"}
         if address == "local":
             cpus, reason = local_cpus(config)
-            options |= {"num_cpus": cpus, "include_dashboard": False}
+            # Tickets are more than cores: a process for each of them, before there is work, would only delay the start.
+            options |= {"num_cpus": cpus, "include_dashboard": False, "_system_config": {"prestart_worker_first_driver": False}}
             description = f"a local cluster with {cpus} logical CPUs ({reason})"
         try:
             ray.init(**options)

@@ -267,7 +267,9 @@ def _run_phase(
         return
     scored = {name: run.ledger.done(f"{run.score_stage}_{name}") for name in config.rewards}
     items = [{CHUNK: c, SAMPLED: c in sampled, SCORED: [n for n, of in scored.items() if c in of]} for c in todo]
-    small: dict[str, Any] = {"batch_format": "pyarrow", "num_cpus": plan.task_cpus}
+    # Tasks are short beside the sampling of a block. Without a limit Ray starts a process for each that its tickets allow, all at once, and
+    # each of them imports for seconds while the engines start.
+    small: dict[str, Any] = {"batch_format": "pyarrow", "num_cpus": plan.task_cpus, "concurrency": 1 + plan.num_engines}
     dataset = ray.data.from_arrow([pa.Table.from_pylist([item], schema=ITEM) for item in items]).map_batches(
         actors.load_chunk, batch_size=1, fn_kwargs={"prompts": run.prompts, "groups": run.groups}, **small
     )

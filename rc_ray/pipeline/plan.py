@@ -63,6 +63,7 @@ class Plan:
     mode_reason: str
     phases: list[list[str]]
     task_cpus: float
+    num_tasks: int
     train_cpus: float
     train_gpus: float
     engines_per_host: int
@@ -163,6 +164,7 @@ def make_plan(
         mode_reason=reason,
         phases=phases,
         task_cpus=task_cpus,
+        num_tasks=max(2, round(cpus / 4)),
         train_cpus=train_cpus,
         train_gpus=train_gpus,
         engines_per_host=engines_per_host,

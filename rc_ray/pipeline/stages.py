@@ -291,6 +291,7 @@ def select(config: Config, run: RunDir, session: Session | None, ended: str | No
     import ray
 
     small: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": 1, "num_cpus": session.plan.task_cpus}
+    small["concurrency"] = session.plan.num_tasks
 
     def chunked(chunks: list[int]) -> Any:
         return ray.data.from_items([{"chunk": c} for c in chunks], override_num_blocks=len(chunks))
