@@ -245,11 +245,17 @@ class SamplingEngine:
                 max_tokens=self._config.max_tokens,
                 stop=list(self._config.stop),
                 logprobs=0,
+                flat_logprobs=True,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             ),
             lora_request=None if request.adapter is None else self._adapters[request.adapter],
         )
-        return identity if request.num_candidates == 1 else f"0_{identity}"
+        number = request.num_candidates
+        names = [identity] if number == 1 else [f"{i}_{identity}" for i in range(number)]
+        for each in names:
+            # It would decode every token once more, by itself, for a table that nobody reads; the sum is kept without it.
+            self._engine.output_processor.request_states[each].logprobs_processor.tokenizer = None
+        return names[0]
 
     def _candidates(self, output: Any, request: _Request) -> list[Candidate]:
         outputs = sorted(output.outputs, key=lambda o: o.index)
