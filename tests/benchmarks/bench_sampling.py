@@ -8,7 +8,7 @@ A span begins when the engine is loaded and ends with the last answer (of the pi
 
 engine    SmolLM2-135M, N = 8: tokens per second of `rc-ray sample` over one call of `vllm.LLM.generate` with all prompts; then
           wall time with two reward models and selection streaming beside it over sampling alone + scoring alone.
-overhead  a tiny random model, where only overhead shows: groups per second of `rc-ray sample`, plain vLLM, and ray.data.llm with every
+overhead  a tiny random model, where only overhead shows, with a chunk committed every second or two: groups per second of `rc-ray sample`, plain vLLM, and ray.data.llm with every
           row eight times (the only way to get eight answers from it); and the pipeline without its ledger.
 volume    recorded answers instead of an engine: groups per second, memory of the driver and the object store with 100 k and a
           million prompts (sampling_volume.png), and a half-finished run of a million prompts started again.
@@ -275,11 +275,11 @@ def rate(found: list[Spec], what: str) -> list[float]:
 def prompts_file(folder: Path, number: int) -> Path:
     """Prompts of AlpacaEval where they are there, else made up; each is different."""
     path = folder / f"prompts-{number}.jsonl"
-    texts = [f"Explain topic {i} in a few words." for i in range(number)]
+    texts = ["Explain in a few words what this is about."]
     if ALPACA.exists():
         known = [json.loads(line)["instruction"] for line in (ALPACA / "prompts.jsonl").read_text().splitlines()]
-        texts = [text for text in known if len(text) < 400][:number] or texts
-    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts[:number]))
+        texts = [text for text in known if len(text) < 300]
+    path.write_text("".join(json.dumps({"prompt": f"{texts[i % len(texts)]} ({i})"}) + "\n" for i in range(number)))
     return path
 
 
@@ -355,13 +355,13 @@ def tiny_model(folder: Path) -> Path:
 
 
 def part_overhead(results: Results, folder: Path, output: Path, rounds: int) -> None:
-    number = 40 if results.quick else 600
+    number = 40 if results.quick else 1600
     runs = Runs(folder, {
         "model": str(tiny_model(folder)),
         "prompts": {"path": str(prompts_file(folder, number))},
         "generation": {"num_candidates": 8, "max_tokens": 24, "max_model_len": 480, "dtype": "float32"},
         "rewards": RULES,
-        "cluster": {"chunk_size": 16},
+        "cluster": {"chunk_size": 64},
         **UNTRAINED,
     })  # fmt: skip
     print(f"\noverhead: a tiny model, {number} prompts x 8 answers of at most 24 tokens")
