@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 AFTER_NUMBA = """
 import os, sys
@@ -54,9 +57,36 @@ assert engine.take_load().counts == {}
 """
 
 
-def run(code: str, policy: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", code, str(policy)], capture_output=True, text=True, timeout=300, check=False)
+APART = """
+import json, os, signal, sys
+import psutil
+from rc_ray.generation.hardware import cpu_engine_environment
+os.environ.update(cpu_engine_environment(1)[0] | {"VLLM_ENABLE_V1_MULTIPROCESSING": sys.argv[2]})
+from rc_ray.config import GenerationConfig
+from rc_ray.generation.engine import EngineDied, SamplingEngine
+engine = SamplingEngine(sys.argv[1], GenerationConfig(max_tokens=64, max_model_len=128), "float32", on_gpu=False)
+groups = [engine.submit([5, 6, 7 + i], 11, 4) for i in range(8)]
+found = [[(c.text, c.token_ids, c.seed, round(c.logprob, 3)) for c in group.result()] for group in groups]
+if sys.argv[2] == "1":
+    core, = [p for p in psutil.Process().children(recursive=True) if "EngineCore" in p.name()]
+    pending = engine.submit([5, 6, 7], 11, 400)
+    core.send_signal(signal.SIGKILL)
+    for future in (pending, engine.submit([5, 6, 7], 11, 4)):
+        try:
+            future.result(timeout=120)
+            raise SystemExit("it answered after its death")
+        except EngineDied:
+            pass
+print(json.dumps(found), flush=True)
+os._exit(0)
+"""
+
+
+def run(code: str, policy: Path, *arguments: str) -> str:
+    command = [sys.executable, "-c", code, str(policy), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def test_it_starts_after_numba_was_used_and_later_candidates_equal_those_of_one_request(tiny_policy: Path) -> None:
@@ -65,3 +95,10 @@ def test_it_starts_after_numba_was_used_and_later_candidates_equal_those_of_one_
 
 def test_a_group_that_takes_too_long_is_given_up_and_the_others_go_on(tiny_policy: Path) -> None:
     run(LIMITED, tiny_policy)
+
+
+def test_an_engine_in_a_process_of_its_own_as_on_gpus_gives_the_same_and_its_death_is_seen(tiny_policy: Path) -> None:
+    inside, apart = (json.loads(run(APART, tiny_policy, how).splitlines()[-1]) for how in "01")
+    assert [[c[:3] for c in group] for group in apart] == [[c[:3] for c in group] for group in inside]
+    logprobs = [[c[3] for group in run for c in group] for run in (apart, inside)]
+    assert logprobs[0] == pytest.approx(logprobs[1], abs=0.01)

@@ -17,8 +17,9 @@ import pytest
 from rc_ray.config import Config, load_config
 from rc_ray.core import schemas
 from rc_ray.pipeline import actors
-from rc_ray.pipeline.graph import attach_generation, policy_of
+from rc_ray.pipeline.graph import attach_generation
 from rc_ray.pipeline.plan import Plan, make_plan
+from rc_ray.pipeline.policies import policy_of
 from rc_ray.pipeline.watchdog import operators
 
 
