@@ -30,5 +30,5 @@ def test_the_sampling_benchmark_runs_on_small_data(shared_data: Path, tmp_path: 
     # These do not depend on the speed of the machine.
     assert all(met for text, met in numbers["bars"].items() if text.startswith(("adaptive", "what is done", "a half-finished")))
     assert {run[0]["groups"] for run in numbers["overhead"].values()} == {40}
-    assert numbers["restart"]["groups"] == 2000
+    assert 0 < numbers["restart"]["groups"] <= 2000
     assert (tmp_path / "sampling_volume.png").stat().st_size > 10_000
