@@ -9,12 +9,13 @@ A group begins with the first token of its first candidate, which is when the en
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import sys
 import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,7 +124,8 @@ class SamplingEngine:
             **arguments,
         )
         self._queue: queue.SimpleQueue[_Request] = queue.SimpleQueue()
-        self._died: BaseException | None = None
+        self._in_flight: dict[str, _Request] = {}
+        self._died: EngineDied | None = None
         self._load, self._load_lock = Load(), threading.Lock()
         loaded: Future[None] = Future()
 
@@ -140,6 +142,7 @@ class SamplingEngine:
 
         threading.Thread(target=own, name="vllm-engine", daemon=True).start()
         loaded.result()
+        threading.Thread(target=self._watch, name="vllm-engine-watch", daemon=True).start()
 
     def submit(
         self, prompt_ids: list[int], seed: int, num_candidates: int, adapter: str | None = None
@@ -151,10 +154,9 @@ class SamplingEngine:
             request was refused.
         """
         future: Future[list[Candidate]] = Future()
+        self._queue.put(_Request(prompt_ids, seed, num_candidates, adapter, future))
         if self._died is not None:
-            future.set_exception(EngineDied(str(self._died)))
-        else:
-            self._queue.put(_Request(prompt_ids, seed, num_candidates, adapter, future))
+            self._end(self._died)
         return future
 
     def take_load(self) -> Load:
@@ -164,7 +166,7 @@ class SamplingEngine:
         return load
 
     def _loop(self) -> None:
-        in_flight: dict[str, _Request] = {}
+        in_flight = self._in_flight
         waiting: dict[
             str, str
         ] = {}  # groups without a token yet -> vLLM's id of their first candidate, in the order of submission
@@ -207,11 +209,26 @@ class SamplingEngine:
                     done.future.set_result(self._candidates(output, done))
                 self._give_up(in_flight, begun_s, now)
         except BaseException as error:
-            self._died = error
-            for request in in_flight.values():
-                request.future.set_exception(EngineDied(f"{type(error).__name__}: {error}"))
-            while not self._queue.empty():
-                self._queue.get().future.set_exception(EngineDied(f"{type(error).__name__}: {error}"))
+            self._end(EngineDied(f"{type(error).__name__}: {error}"))
+
+    def _watch(self) -> None:
+        """Sees the end of an engine that has a process of its own; vLLM's `step` would wait for it for ever."""
+        resources = getattr(self._engine.engine_core, "resources", None)
+        while resources is not None and self._died is None:
+            if resources.engine_dead:
+                self._end(EngineDied("its process is gone"))
+            time.sleep(1)
+
+    def _end(self, error: EngineDied) -> None:
+        """Gives the error to everybody who waits, now and from now on."""
+        self._died = error
+        requests = list(self._in_flight.values())
+        with contextlib.suppress(queue.Empty):
+            while True:
+                requests.append(self._queue.get_nowait())
+        for request in requests:
+            with contextlib.suppress(InvalidStateError):  # it has its answer
+                request.future.set_exception(error)
 
     def _give_up(self, in_flight: dict[str, _Request], begun_s: dict[str, float], now: float) -> None:
         """Aborts the groups that have taken too long."""
