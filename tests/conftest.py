@@ -201,6 +201,12 @@ def alpaca_answers(shared_data: Path) -> Drawn:
     return list(prompts.values())
 
 
+def sampling_counts(result: RunResult) -> dict[str, Any]:
+    """What metrics.json says of the samples, without how long they took."""
+    times = {"group_p50_s", "group_p99_s", "group_max_s", "thin_share"}
+    return {name: value for name, value in result.metrics["sampling"].items() if name not in times}
+
+
 @dataclass(frozen=True)
 class FinishedRun:
     """A run on tiny models from end to end, made once and shared by the tests that look at its parts; they must not change it."""

@@ -13,7 +13,7 @@ import rc_ray
 from rc_ray.config import SelectionConfig
 from rc_ray.core.selection import select_pairs
 from rc_ray.ledger import rundir
-from tests.conftest import FinishedRun
+from tests.conftest import FinishedRun, sampling_counts
 
 
 def forked(finished_run: FinishedRun, folder: Path, **sections: Any) -> tuple[Path, list[str]]:
@@ -23,7 +23,7 @@ def forked(finished_run: FinishedRun, folder: Path, **sections: Any) -> tuple[Pa
     lines: list[str] = []
     result = rc_ray.run(config, fork_from=str(finished_run.folder), emit=lines.append)
     assert result.metrics["identity"]["prompts"] == 38
-    assert result.metrics["sampling"] == finished_run.result.metrics["sampling"]
+    assert sampling_counts(result) == sampling_counts(finished_run.result)
     return folder, lines
 
 
