@@ -167,9 +167,8 @@ class SamplingEngine:
 
     def _loop(self) -> None:
         in_flight = self._in_flight
-        waiting: dict[
-            str, str
-        ] = {}  # groups without a token yet -> vLLM's id of their first candidate, in the order of submission
+        # Groups without a token yet -> vLLM's id of their first candidate, in the order of submission.
+        waiting: dict[str, str] = {}
         begun_s: dict[str, float] = {}  # in the order in which they began
         number = most = 0
         seen_s = time.monotonic()
@@ -187,7 +186,7 @@ class SamplingEngine:
                         waiting[str(number)] = self._add(str(number), request)
                         in_flight[str(number)] = request
                     except Exception as error:  # vLLM refuses this one request; the others go on
-                        request.future.set_exception(error)
+                        request.future.set_exception(self._died or error)
                 held, most = len(in_flight), max(most, len(in_flight))
                 finished = [output for output in self._engine.step() if output.finished]
                 now = time.monotonic()

@@ -179,7 +179,7 @@ class GenerateGroups:
         limits = self._policy.generation
         prompts = []
         for member, first, end in self._lacking(row, number):
-            whose = f"policy {member.name}: " if len(self._policy.members) > 1 else ""
+            whose = self._whose(member.name)
             try:
                 ids = self._renderers[member.name](row["prompt"])
             except Exception as error:  # a template may refuse any conversation; the other rows go on
@@ -191,6 +191,10 @@ class GenerateGroups:
                 )
             prompts.append((member, ids, first, end))
         return prompts
+
+    def _whose(self, name: str) -> str:
+        """Names the policy in a detail, where there are several."""
+        return f"policy {name}: " if len(self._policy.members) > 1 else ""
 
     def _ask(self, row: dict[str, Any], prompts: list[Prompt]) -> list[tuple[str, Future[list[Candidate]]]]:
         seed = candidate_seed(self._policy.seed, row["prompt_id"])
@@ -204,7 +208,7 @@ class GenerateGroups:
         from rc_ray.generation.engine import EngineDied, GroupTimedOut
 
         for name, future in futures:
-            whose = f"policy {name}: " if len(self._policy.members) > 1 else ""
+            whose = self._whose(name)
             try:
                 row["candidates"] += [{**vars(candidate), "policy": name} for candidate in future.result()]
             except EngineDied as error:
