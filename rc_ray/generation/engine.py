@@ -166,6 +166,8 @@ class SamplingEngine:
         return load
 
     def _loop(self) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         in_flight = self._in_flight
         # Groups without a token yet -> vLLM's id of their first candidate, in the order of submission.
         waiting: dict[str, str] = {}
@@ -182,10 +184,13 @@ class SamplingEngine:
                         with self._load_lock:
                             self._load.add_time(idle_s, 0, most)
                     number += 1
+                    in_flight[str(number)] = request
                     try:
                         waiting[str(number)] = self._add(str(number), request)
-                        in_flight[str(number)] = request
+                    except EngineDeadError:
+                        raise
                     except Exception as error:  # vLLM refuses this one request; the others go on
+                        del in_flight[str(number)]
                         request.future.set_exception(self._died or error)
                 held, most = len(in_flight), max(most, len(in_flight))
                 finished = [output for output in self._engine.step() if output.finished]
