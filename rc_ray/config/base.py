@@ -7,6 +7,8 @@ import re
 from pydantic import BaseModel, ConfigDict
 
 NAME_PATTERN = re.compile(r"^[A-Za-z][A-Za-z0-9_]*$")
+# Objectives give names to pools and, as `score_<objective>`, to stages; these are others' names there.
+RESERVED_NAMES = frozenset({"generation", "before", "after"})
 
 
 class Section(BaseModel):

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, Field, field_validator, model_validator
 
-from rc_ray.config.base import NAME_PATTERN, Section
+from rc_ray.config.base import NAME_PATTERN, RESERVED_NAMES, Section
 from rc_ray.config.selection import SelectionConfig
 
 # vLLM's names for how many devices share one engine.
@@ -467,6 +467,10 @@ class Config(Section):
         for name in value:
             if not NAME_PATTERN.match(name):
                 raise ValueError(f"objective name {name!r} must be letters, digits and underscores, e.g. `helpful`")
+            if name in RESERVED_NAMES:
+                raise ValueError(
+                    f"objective name {name!r} is one that a run uses itself; call it otherwise, e.g. `{name}_quality`"
+                )
         return value
 
     @model_validator(mode="after")

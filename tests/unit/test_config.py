@@ -43,6 +43,7 @@ GOOD: dict[str, Any] = {
         ("rewards.helpful.kind=oracle", ["rewards.helpful", "oracle", "classifier"]),
         ("rewards.length.function=length_near", ["rewards.length.function = 'length_near'", "module:name"]),
         ("rewards.the one={kind: rule, function: 'a:b'}", ["objective name 'the one'"]),
+        ("rewards.before={kind: rule, function: 'a:b'}", ["objective name 'before'", "call it otherwise", "before_quality"]),
         ("selection.margins={helpfull: 1}", ["selection.margins", "'helpfull'", "helpful, length"]),
         ("selection.scale={helpful: 1}", ["selection.scale lacks 'length'"]),
         ("selection={gap: sum, scale: {helpful: 1, length: 1}}", ["given scale has no effect", "gap sum"]),
