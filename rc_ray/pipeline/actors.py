@@ -141,13 +141,13 @@ class GenerateGroups:
             for row in rows:
                 with self._attempts.group(row["prompt_id"]) as given_up:
                     self._finish(row, ("generation_failed", given_up) if given_up else self._submit(row, number))
-            return
-        # How long an answer becomes is unknown; of what is known, the prompt, the longest goes first, so that it does not end last.
-        rendered = [(row, self._prompts(row, number)) for row in rows]
-        rendered.sort(key=lambda pair: sum(len(p[1]) for p in pair[1]) if isinstance(pair[1], list) else 0, reverse=True)
-        pending = [(row, self._ask(row, prompts) if isinstance(prompts, list) else prompts) for row, prompts in rendered]
-        for row, answers in pending:
-            self._finish(row, answers)
+        else:
+            # How long an answer becomes is unknown; of what is known, the prompt, the longest goes first, so that it does not end last.
+            rendered = [(row, self._prompts(row, number)) for row in rows]
+            rendered.sort(key=lambda pair: sum(len(p[1]) for p in pair[1]) if isinstance(pair[1], list) else 0, reverse=True)
+            pending = [(row, self._ask(row, prompts) if isinstance(prompts, list) else prompts) for row, prompts in rendered]
+            for row, answers in pending:
+                self._finish(row, answers)
         self._reporter.add_load(self._engine.take_load())
 
     def _finish(self, row: dict[str, Any], pending: Any) -> None:
@@ -228,13 +228,13 @@ class ScoreGroups:
 
     def __init__(
         self, objective: str, config: RewardConfig, on_gpu: bool, num_threads: int, board: Any | None, stage: str, max_attempts: int,
-        last: bool, keep_scored: bool,
+        first: bool, last: bool, keep_scored: bool,
     ) -> None:  # fmt: skip
         if not on_gpu:
             os.environ["OMP_NUM_THREADS"] = str(num_threads)
         from rc_ray.rewards.base import build_reward
 
-        self._objective, self._last, self._keep_scored = objective, last, keep_scored
+        self._objective, self._first, self._last, self._keep_scored = objective, first, last, keep_scored
         self._reward = build_reward(config, on_gpu, num_threads)
         self._reporter = Reporter(board, stage)
         self._attempts = Attempts(board, f"{stage} {objective}", max_attempts)
@@ -243,6 +243,8 @@ class ScoreGroups:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Appends `reward.<objective>` and `missing.<objective>`."""
+        if self._first and CHUNK in block.column_names and block.num_rows:
+            self._reporter.may_score(block.column(CHUNK)[0].as_py())
         old = {field.name for field in schemas.reward_fields([self._objective])} & set(block.column_names)
         if not (old and self._keep_scored):
             block = block.drop_columns(sorted(old))
@@ -376,6 +378,6 @@ def commit_groups(
                 counts |= count_policies(candidates)
             if selection is not None:
                 counts["paired"] = select_pairs(table, selection, unit_scale(table)).num_paired
-                board.found_pairs.remote(stage, chunk, counts["paired"])
             ledger.commit(stage, chunk, counts, {groups: table})
+            board.committed.remote(stage, chunk, counts.get("paired"))
     return block

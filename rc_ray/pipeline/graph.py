@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 # Blocks an actor works on at once: enough for the engine to find new groups while the last ones of a block still decode.
 BLOCKS_PER_ENGINE = 4
+# For each reward actor, blocks between their first reward and their commit: the one it works on and the next.
+BLOCKS_PER_SCORER = 2
 # Between two errors in Python's traceback.
 DIRECT_CAUSE = "\n\nThe above exception was the direct cause of the following exception:\n\n"
 ITEM = pa.schema([(CHUNK, pa.int32()), (SAMPLED, pa.bool_()), (SCORED, pa.list_(pa.string()))])
@@ -162,7 +164,7 @@ def start_scorers(config: Config, plan: Plan, board: Any, stage: str) -> dict[st
             num_cpus=pool.num_cpus, num_gpus=pool.num_gpus, max_restarts=-1, max_task_retries=-1
         )
         arguments = _scorer_arguments(config, plan, objective, board, stage, len(plan.rewards))
-        scorers[objective] = [actor.remote(**arguments, last=False, keep_scored=False) for _ in range(pool.size)]
+        scorers[objective] = [actor.remote(**arguments, first=False, last=False, keep_scored=False) for _ in range(pool.size)]
     return scorers
 
 
@@ -184,6 +186,7 @@ def attach_rewards(
             type(f"ScoreGroups_{objective}", (actors.ScoreGroups,), {}),
             fn_constructor_kwargs={
                 **_scorer_arguments(config, plan, objective, board, stage, len(names)),
+                "first": objective == names[0],
                 "last": objective == names[-1],
                 "keep_scored": keep_scored,
             },
@@ -276,6 +279,7 @@ def _run_phase(
     # While rewards are counted beside sampling: as many blocks as the engines hold may wait for theirs.
     streaming = sample and score_stage == run.score_stage and run.policy.max_candidates is None
     ray.get(board.hold_sampling.remote(2 * BLOCKS_PER_ENGINE * plan.num_engines if streaming else None))
+    ray.get(board.hold_scoring.remote(BLOCKS_PER_SCORER * sum(plan.rewards[name].largest for name in objectives)))
     commit = {
         "ledger": run.ledger,
         "prompts": run.prompts,

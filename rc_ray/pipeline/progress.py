@@ -77,6 +77,8 @@ class ProgressBoard(AttemptBook):
         self._bound: tuple[BudgetConfig, str, str, int, int] | None = None
         self._max_unscored: int | None = None
         self._unscored: set[int] = set()
+        self._max_scoring: int | None = None
+        self._scoring: set[int] = set()
 
     def begin(self, name: str, unit: str, total: int, resumed: int = 0) -> None:
         """Opens a stage of which `resumed` units were done before."""
@@ -105,8 +107,11 @@ class ProgressBoard(AttemptBook):
         if stage is not None and stage.ready_s == stage.started_s:
             stage.ready_s = time.monotonic()
 
-    def found_pairs(self, name: str, chunk: int, paired: int) -> None:
-        """Adds prompts with a pair in a chunk that a stage has committed."""
+    def committed(self, name: str, chunk: int, paired: int | None) -> None:
+        """A stage has committed a chunk, in which so many prompts have a pair; None: not all rewards are there."""
+        self._scoring.discard(chunk)
+        if paired is None:
+            return
         self._unscored.discard(chunk)
         stage = self._stages.get(name)
         if stage is not None:
@@ -130,6 +135,18 @@ class ProgressBoard(AttemptBook):
         if chunk not in self._unscored and len(self._unscored) >= self._max_unscored:
             return None
         self._unscored.add(chunk)
+        return True
+
+    def hold_scoring(self, max_scoring: int) -> None:
+        """From now on, at most so many chunks may have rewards that are not committed, which is what a kill costs."""
+        self._max_scoring = max_scoring
+        self._scoring.clear()
+
+    def may_score(self, chunk: int) -> bool | None:
+        """Whether the first reward model may begin a chunk; None: not yet, ask again."""
+        if self._max_scoring is not None and chunk not in self._scoring and len(self._scoring) >= self._max_scoring:
+            return None
+        self._scoring.add(chunk)
         return True
 
     def sampling_ended(self) -> str | None:
@@ -183,11 +200,17 @@ class Reporter:
 
     def may_sample(self, chunk: int) -> bool:
         """Whether the budget has room for a chunk; waits while that depends on chunks whose rewards are still to come."""
-        if self._board is None:
-            return True
+        return self._board is None or self._answer(self._board.may_sample, chunk)
+
+    def may_score(self, chunk: int) -> None:
+        """Waits until few enough chunks are between their first reward and their commit."""
+        if self._board is not None:
+            self._answer(self._board.may_score, chunk)
+
+    def _answer(self, method: Any, chunk: int) -> bool:
         import ray
 
-        while (answer := ray.get(self._board.may_sample.remote(chunk))) is None:
+        while (answer := ray.get(method.remote(chunk))) is None:
             time.sleep(0.2)
         return bool(answer)
 

@@ -44,9 +44,9 @@ def test_the_board_counts_this_session_and_what_was_before() -> None:
     board.begin("sample", "prompts", 100)
     board.begin("score", "prompts", 100)
     board.advance("sample", 10, 400)
-    board.found_pairs("score", 0, 5)
+    board.committed("score", 0, 5)
     assert board.sampling_ended() is None
-    board.found_pairs("score", 1, 1)
+    board.committed("score", 1, 1)
     assert "target_pairs" in str(board.sampling_ended())
     board.bound(BudgetConfig(max_generated_tokens=1000), "sample", "score", 4, 500)
     board.advance("sample", 1, 100)
@@ -63,13 +63,24 @@ def test_sampling_waits_for_rewards_only_where_pairs_are_counted() -> None:
     assert [board.may_sample(chunk) for chunk in range(4)] == [True] * 4  # no budget
     board.bound(BudgetConfig(target_pairs=3), "sample", "score", 0, 0)
     assert [board.may_sample(chunk) for chunk in (0, 1, 2, 0)] == [True, True, None, True]  # 0 again: its actor died
-    board.found_pairs("score", 0, 1)
+    board.committed("sample", 0, None)
+    board.committed("score", 0, 1)
     assert [board.may_sample(chunk) for chunk in (2, 3)] == [True, None]
-    board.found_pairs("score", 1, 2)
+    board.committed("score", 1, 2)
     assert board.may_sample(3) is False
     board.bound(BudgetConfig(target_pairs=9), "sample", "score", 0, 0)
     board.hold_sampling(None)
     assert [board.may_sample(chunk) for chunk in range(9)] == [True] * 9
+
+
+def test_scoring_waits_for_commits() -> None:
+    board = ProgressBoard()
+    board.hold_scoring(2)
+    assert [board.may_score(chunk) for chunk in (4, 5, 6, 4)] == [True, True, None, True]  # 4 again: its actor died
+    board.committed("score", 4, None)  # one objective of several phases
+    assert [board.may_score(chunk) for chunk in (6, 7)] == [True, None]
+    board.hold_scoring(1)
+    assert [board.may_score(chunk) for chunk in (8, 9)] == [True, None]
 
 
 def test_the_budget_is_no_part_of_what_a_run_is_and_survives_its_file(tmp_path: Path) -> None:
