@@ -37,11 +37,15 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def cpu_engine_environment(num_engines: int) -> tuple[dict[str, str], str]:
+def cpu_engine_environment(num_engines: int, eager: bool = True) -> tuple[dict[str, str], str]:
     """(environment, reason) for a vLLM engine on a CPU host that `num_engines` engines may share.
 
     The defaults of vLLM bind each thread to one core and leave a core to the serving process, which costs a third of the
     throughput on small hosts and puts several engines onto the same cores. In-process execution saves a second process.
+
+    Args:
+        num_engines: on the host.
+        eager: whether the model is not to be compiled. Then nothing is: vLLM would still compile the function that ranks log-probs.
     """
     threads = max(1, num_cores() // num_engines)
     return (
@@ -50,9 +54,11 @@ def cpu_engine_environment(num_engines: int) -> tuple[dict[str, str], str]:
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
             "OMP_NUM_THREADS": str(threads),
-        },
+        }
+        | ({"TORCHDYNAMO_DISABLE": "1"} if eager else {}),
         f"{num_cores()} cores for {num_engines} engine(s); threads bound by vLLM leave a core unused, 65 instead of 107 tok/s on two cores; the "
-        "engine inside the actor is 1.2 times as fast there; KV cache in GiB, set the variable for another",
+        "engine inside the actor is 1.2 times as fast there; compiling takes seconds at the start and gains nothing; KV cache in GiB, set the "
+        "variable for another",
     )
 
 

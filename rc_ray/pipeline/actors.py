@@ -41,7 +41,7 @@ def load_chunk(items: pa.Table, prompts: Folder, groups: Folder) -> pa.Table:
     (item,) = items.to_pylist()
     name = f"{chunk_name(item[CHUNK])}.parquet"
     table = (groups if item[SAMPLED] else prompts).read_table(name)
-    wanted = [*schemas.GROUP.names, *(field.name for field in schemas.reward_fields(item[SCORED]))]
+    wanted = [*schemas.GROUP.names, *(field.name for field in schemas.reward_fields(item[SCORED].split()))]
     table = table.select([n for n in wanted if n in table.column_names])
     for field in schemas.GROUP:
         if field.name not in table.column_names:
@@ -70,7 +70,8 @@ class GenerateGroups:
         from rc_ray.generation.hardware import choose_dtype, cpu_engine_environment
 
         if not on_gpu:
-            os.environ.update(cpu_engine_environment(engines_per_host)[0])
+            eager = bool(policy.generation.engine.get("enforce_eager", True))
+            os.environ.update(cpu_engine_environment(engines_per_host, eager)[0])
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         from rc_ray.generation.engine import SamplingEngine
         from rc_ray.generation.render import PromptRenderer

@@ -20,8 +20,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-
 from rc_ray.config import BudgetConfig, Config
 from rc_ray.errors import ClusterError, ResumeError
 from rc_ray.ledger.ledger import Ledger
@@ -43,7 +41,6 @@ BLOCKS_PER_ENGINE = 4
 BLOCKS_PER_SCORER = 2
 # Between two errors in Python's traceback.
 DIRECT_CAUSE = "\n\nThe above exception was the direct cause of the following exception:\n\n"
-ITEM = pa.schema([(CHUNK, pa.int32()), (SAMPLED, pa.bool_()), (SCORED, pa.list_(pa.string()))])
 
 
 @dataclass(frozen=True)
@@ -269,11 +266,12 @@ def _run_phase(
     if not todo:
         return
     scored = {name: run.ledger.done(f"{run.score_stage}_{name}") for name in config.rewards}
-    items = [{CHUNK: c, SAMPLED: c in sampled, SCORED: [n for n, of in scored.items() if c in of]} for c in todo]
+    items = [{CHUNK: c, SAMPLED: c in sampled, SCORED: " ".join(n for n, of in scored.items() if c in of)} for c in todo]
     # Tasks are short beside the sampling of a block. Without a limit Ray starts a process for each that its tickets allow, all at once, and
     # each of them imports for seconds while the engines start.
     small: dict[str, Any] = {"batch_format": "pyarrow", "num_cpus": plan.task_cpus, "concurrency": 1 + plan.num_engines}
-    dataset = ray.data.from_arrow([pa.Table.from_pylist([item], schema=ITEM) for item in items]).map_batches(
+    # Not `from_arrow`: it starts a task for each item, all at once, to count the rows.
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         actors.load_chunk, batch_size=1, fn_kwargs={"prompts": run.prompts, "groups": run.groups}, **small
     )
     # While rewards are counted beside sampling: as many blocks as the engines hold may wait for theirs.

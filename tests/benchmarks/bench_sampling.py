@@ -118,7 +118,7 @@ def ray_data_llm(spec: Spec) -> Spec:
         detokenize_stage=False,
         placement_group_config={"bundles": [{"CPU": 1}]},
         log_engine_metrics=False,
-        runtime_env={"env_vars": {k: v for k, v in os.environ.items() if k.startswith(("VLLM_", "OMP_"))}},
+        runtime_env={"env_vars": {k: v for k, v in os.environ.items() if k.startswith(("VLLM_", "OMP_", "TORCHDYNAMO_"))}},
     )
     limits = {"max_tokens": generation["max_tokens"], "temperature": 1.0, "detokenize": True, "logprobs": 0}
     process = build_processor(
@@ -319,7 +319,7 @@ UNTRAINED = {"training": {"enabled": False}, "selection": {"allow_truncated_winn
 
 
 def part_engine(results: Results, folder: Path, output: Path, rounds: int) -> None:
-    number, tokens = (4, 8) if results.quick else (32, 64)
+    number, tokens = (4, 8) if results.quick else (64, 64)
     rewards = {name: {"kind": "classifier", "model": str(classifier(folder, seed))} for seed, name in enumerate(("a", "b"))}
     runs = Runs(folder, {
         "model": "embedded:smollm2-135m",
