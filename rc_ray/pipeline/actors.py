@@ -233,6 +233,10 @@ class ScoreGroups:
     ) -> None:  # fmt: skip
         if not on_gpu:
             os.environ["OMP_NUM_THREADS"] = str(num_threads)
+            # An engine's threads wait for each other after every operation, so one that shares its core with a reward holds up all of
+            # them. Rewards take what engines leave, and all of it once these have ended. For threads that start from here on.
+            if hasattr(os, "sched_setscheduler"):
+                os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         from rc_ray.rewards.base import build_reward
 
         self._objective, self._first, self._last, self._keep_scored = objective, first, last, keep_scored

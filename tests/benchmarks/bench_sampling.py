@@ -169,7 +169,8 @@ def pipeline(spec: Spec) -> Spec:
     memory = Memory() if spec.get("memory") else None
     run(spec["config"], only=spec.get("only"), emit=lambda line: print(line, file=sys.stderr, flush=True))
     since_boot = time.time() - time.monotonic()
-    ready = min(stage.ready_s for stage in counts.values()) + since_boot
+    # Reward models are ready while the engine is still being loaded.
+    ready = (counts["sample"] if "sample" in counts else counts["score"]).ready_s + since_boot
     commits = [commit for commit in commit_times(Path(spec["config"]["output"])) if commit > began]
     ended = max([*commits, *(stage.updated_s + since_boot for stage in counts.values())])
     found = {"seconds": ended - ready, "groups": max(stage.done - stage.resumed for stage in counts.values())}
