@@ -12,8 +12,9 @@ Two ways to use a stage:
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
@@ -40,7 +41,9 @@ from rc_ray.training.reward_model import train_reward
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-__all__ = ["Selection", "evaluate", "plan", "report", "run", "sample", "score", "select", "train", "train_reward"]
+    from rc_ray.evaluation.calibrate import CalibrationReport
+
+__all__ = ["Selection", "calibrate", "evaluate", "plan", "report", "run", "sample", "score", "select", "train", "train_reward"]
 
 
 class Selection(NamedTuple):
@@ -241,6 +244,57 @@ def evaluate(config: ConfigSource, model: str | None = None, *, overrides: Itera
         tables.append(_table(attach_rewards(groups, resolved, plan, board)))
     before, after = tables
     return compare(before, after, list(resolved.rewards), resolved.evaluation, resolved.seed).as_dict()
+
+
+def calibrate(
+    config: ConfigSource, pairs: Mapping[str, str], output: str | None = None, *, precision: float = 0.9,
+    overrides: Iterable[str] = (), emit: stages.Emit = print,
+) -> CalibrationReport:  # fmt: skip
+    """Says how far the configured rewards can be trusted, on labelled pairs.
+
+    Args:
+        config: see `run`; its rewards are what is judged.
+        pairs: per objective a file whose labels are about it (`rc_ray.training.preferences`). Every objective scores every pair.
+        output: None, or a new folder for `calibration.json` and `reliability.png`.
+        precision: share of RC pairs that shall agree with the labels; the report gives margins for it.
+
+    Raises:
+        ConfigError, DataError, ModelError: the configuration, the pairs or the models cannot be used.
+    """
+    from rc_ray.evaluation.calibrate import calibrate_groups, labelled_groups, plot_reliability
+    from rc_ray.pipeline.graph import attach_rewards
+    from rc_ray.training.preferences import read_preferences
+
+    resolved = load_config(config, overrides)
+    unknown = sorted(set(pairs) - set(resolved.rewards))
+    if unknown or not pairs:
+        named = f"{unknown[0]!r} is no objective" if unknown else "no labelled pairs are given"
+        raise ConfigError(f"pairs: {named}; give OBJECTIVE=FILE for one or more of {', '.join(resolved.rewards)}")
+    if output is not None and not Folder.at(output).is_empty():
+        raise DataError(f"output = {output!r}: the folder is not empty; give a new one")
+    stages.check_rewards(resolved)
+    tables = []
+    for name, path in pairs.items():
+        preferences, left_out = read_preferences(path)
+        for reason, count in left_out.items():
+            emit(f"calibrate  {count} rows of {path} left out: {reason}")
+        tables.append(labelled_groups(name, ((p.messages, p.chosen, p.rejected) for p in preferences)))
+    import ray
+
+    plan, board = _connect(resolved), start_board()
+    labelled = pa.concat_tables(tables).combine_chunks()
+    size = resolved.cluster.chunk_size
+    groups = ray.data.from_arrow(labelled, override_num_blocks=-(-labelled.num_rows // size))
+    for pools in plan.phases:
+        if objectives := [name for name in pools if name in resolved.rewards]:
+            groups = attach_rewards(groups, resolved, plan, board, objectives=objectives).materialize()
+    found = calibrate_groups(_table(groups), list(resolved.rewards), precision)
+    if output is not None:
+        picture = io.BytesIO()
+        plot_reliability(found).savefig(picture, format="png", dpi=120)
+        Folder.at(output).write_json("calibration.json", found.as_dict())
+        Folder.at(output).write_bytes("reliability.png", picture.getvalue())
+    return found
 
 
 def report(run_directory: str) -> str:

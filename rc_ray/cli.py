@@ -116,6 +116,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.set_defaults(handler=_doctor)
 
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="how far rewards can be trusted, on labelled pairs",
+        description="Scores labelled pairs under every objective of a configuration and prints accuracy, calibration, agreement, and the margins "
+        "at which RC pairs agree with the labels as often as wanted.",
+    )
+    _config_options(calibrate, "YAML file, `embedded:demo`, or an existing run directory")
+    calibrate.add_argument(
+        "--pairs",
+        action="append",
+        required=True,
+        metavar="OBJECTIVE=FILE",
+        help="pairs labelled for this objective, as for train-reward; may be given several times",
+    )
+    calibrate.add_argument("--precision", type=float, default=0.9, help="wanted share of RC pairs that agree with the labels")
+    calibrate.add_argument("--output", help="new folder for calibration.json and reliability.png")
+    calibrate.set_defaults(handler=_calibrate)
+
     reward = commands.add_parser(
         "train-reward",
         help="train a reward model on preference pairs",
@@ -258,6 +276,27 @@ def _doctor(options: argparse.Namespace) -> int:
     for finding in findings:
         _emit(finding.line())
     return int(any(finding.status == "bad" for finding in findings))
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    from rc_ray.api import calibrate
+
+    pairs = {}
+    for given in options.pairs:
+        name, mark, path = given.partition("=")
+        if not mark or name in pairs:
+            raise ConfigError(f"--pairs = {given!r}: expected OBJECTIVE=FILE, each objective once")
+        pairs[name] = path
+    found = calibrate(
+        _source(options),  # type: ignore[arg-type]
+        pairs,
+        options.output,
+        precision=options.precision,
+        overrides=options.overrides,
+        emit=_emit,
+    )
+    for line in found.lines():
+        _emit(line)
 
 
 def _train_reward(options: argparse.Namespace) -> None:

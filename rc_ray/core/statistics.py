@@ -1,10 +1,11 @@
-"""Intervals for before/after comparisons.
+"""Intervals of means and of proportions.
 
-Invariant: resampling is over prompts, the independent unit, and seeded, so the same data give the same interval.
+Invariant: the bootstrap resamples prompts, the independent unit, and is seeded, so the same data give the same interval.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with the ends of its bootstrap interval."""
+    """A mean, or a share, with the ends of its interval."""
 
     mean: float
     low: float
@@ -40,3 +41,11 @@ def bootstrap_mean(values: NDArray[np.floating[Any]], confidence: float, num_boo
     means = np.array([data[rng.integers(0, data.size, data.size)].mean() for _ in range(num_bootstrap)])
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(data.mean()), float(low), float(high))
+
+
+def wilson_interval(successes: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """Ends of the Wilson score interval of a proportion (Wilson 1927), 95 % by default."""
+    share = successes / count
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
+    return centre - half, centre + half

@@ -65,12 +65,21 @@ def check(config: Config) -> dict[str, str]:
         hashes[EVAL_PROMPTS] = sources.check_source("evaluation.prompts", config.evaluation.prompts)
     rundir.check_owner(config, hashes)
     _check_policies(config)
+    check_rewards(config)
+    return hashes
+
+
+def check_rewards(config: Config) -> None:
+    """Checks that reward models and functions are there.
+
+    Raises:
+        ModelError, ConfigError: the first that is not.
+    """
     for name, reward in config.rewards.items():
         if reward.kind == "classifier":
             check_model(f"rewards.{name}.model", reward.model, reward.revision)
-        else:
+        elif reward.kind == "rule":
             load_function(reward.function, reward.args, f"rewards.{name}.function")
-    return hashes
 
 
 def _check_policies(config: Config) -> None:
@@ -206,7 +215,7 @@ def sample_and_score(
 
 
 def _record_timing(run: RunDir, session: Session) -> None:
-    """Adds this session's tokens and seconds of sampling and scoring to the manifest, from the first worker that was ready on."""
+    """Adds this session's tokens and seconds of sampling and scoring to the manifest, from the first engine that was ready on."""
     import ray
 
     counts, _ = ray.get(session.board.state.remote())
@@ -219,7 +228,8 @@ def _record_timing(run: RunDir, session: Session) -> None:
     run.update_manifest(
         timing={
             "tokens": before["tokens"] + (counts[SAMPLE].tokens if SAMPLE in counts else 0),
-            "seconds": before["seconds"] + max(s.updated_s for s in worked) - min(s.ready_s for s in worked),
+            # Reward models are ready while engines are still being loaded, so the first stage's time counts.
+            "seconds": before["seconds"] + max(s.updated_s for s in worked) - worked[0].ready_s,
             "load": (Load.from_dict(before["load"]) + load if "load" in before else load).as_dict(),
             "gpus": max(sum(pools[name].total_gpus for name in phase) for phase in session.plan.phases),
         }

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import random
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rc_ray.core.ids import canonical_json, prompt_id
+from rc_ray.core.statistics import wilson_interval
 from rc_ray.errors import ConfigError, DataError
 from rc_ray.ledger.rundir import versions
 from rc_ray.models import embedded
@@ -145,14 +145,6 @@ def split_by_prompt(preferences: list[Preference], options: RewardTrainingOption
             "lower --num-test or bring more pairs"
         )
     return train, test
-
-
-def wilson_interval(successes: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Ends of the Wilson score interval of a proportion (Wilson 1927), 95 % by default."""
-    share = successes / count
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    return centre - half, centre + half
 
 
 def _hash(preferences: list[Preference]) -> str:

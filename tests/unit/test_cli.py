@@ -33,6 +33,7 @@ OPTIONS = {
     "report": ["run_directory"],
     "plan": ["CONFIG", "--set KEY=VALUE", "--cpus", "--gpus"],
     "doctor": ["--help"],
+    "calibrate": ["CONFIG", "--set KEY=VALUE", "--pairs OBJECTIVE=FILE", "--precision", "--output"],
     "train-reward": ["--pairs", "--output", "--base", "--epochs", "--num-train", "--num-test", "--max-length", "--seed"],
 }
 

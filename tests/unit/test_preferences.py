@@ -12,9 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rc_ray.core.statistics import wilson_interval
 from rc_ray.errors import DataError
 from rc_ray.training.preferences import Preference, read_preferences
-from rc_ray.training.reward_model import RewardTrainingOptions, split_by_prompt, wilson_interval
+from rc_ray.training.reward_model import RewardTrainingOptions, split_by_prompt
 
 ASKED = [{"role": "user", "content": "Why is the sky blue?"}]
 
