@@ -1,18 +1,16 @@
 """Typed configuration. Imports neither ray, torch nor vllm."""
 
+from rc_ray.config.base import PoolConfig
 from rc_ray.config.load import differences, fingerprint, load_config, load_selection, result_fields, to_yaml
+from rc_ray.config.rewards import ClassifierReward, HttpReward, RewardConfig, RuleReward
 from rc_ray.config.schema import (
     BudgetConfig,
-    ClassifierReward,
     ClusterConfig,
     Config,
     EvaluationConfig,
     GenerationConfig,
     PolicyConfig,
-    PoolConfig,
     PromptsConfig,
-    RewardConfig,
-    RuleReward,
     TrainingConfig,
 )
 from rc_ray.config.selection import EnsembleConfig, SelectionConfig
@@ -25,6 +23,7 @@ __all__ = [
     "EnsembleConfig",
     "EvaluationConfig",
     "GenerationConfig",
+    "HttpReward",
     "PolicyConfig",
     "PoolConfig",
     "PromptsConfig",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 NAME_PATTERN = re.compile(r"^[A-Za-z][A-Za-z0-9_]*$")
 # Objectives give names to pools and, as `score_<objective>`, to stages; these are others' names there.
@@ -17,3 +18,37 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
     )
+
+
+def deployment(default: Any = ..., **kwargs: Any) -> Any:
+    """A field that says where and how fast a run goes, not what comes out: left out of the run's fingerprint."""
+    return Field(default, json_schema_extra={"affects_results": False}, **kwargs)
+
+
+class PoolConfig(Section):
+    """One Ray Data actor pool, of fixed size unless `max_size` is given."""
+
+    size: int = Field(1, ge=1)
+    """Number of actors: always, or with `max_size` at least and to begin with."""
+
+    max_size: int | None = Field(None, ge=2)
+    """For clusters that grow with the work: actors are added while blocks wait, up to so many. None: always `size`."""
+
+    num_cpus: float | None = Field(None, gt=0)
+    """Ray CPUs reserved per actor. None: chosen by the planner, with the reason printed."""
+
+    num_gpus: float | None = Field(None, ge=0)
+    """Ray GPUs reserved per actor. None: tensor x pipeline parallel size for generation and 1 for a reward model when the
+    cluster has GPUs, otherwise 0. Fractions put several actors on one GPU."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> PoolConfig:
+        if self.max_size is not None and self.max_size <= self.size:
+            raise ValueError(
+                f"max_size ({self.max_size}) has no effect unless it is above size ({self.size}), with which the pool begins; raise or remove it"
+            )
+        if self.num_gpus is not None and self.num_gpus > 1 and not self.num_gpus.is_integer():
+            raise ValueError(
+                f"num_gpus ({self.num_gpus:g}) must be a whole number above 1: Ray has no fractions of several GPUs"
+            )
+        return self

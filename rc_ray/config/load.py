@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from rc_ray.config.selection import SelectionConfig
 from rc_ray.errors import ConfigError
 
 EMBEDDED_CONFIGS = {"embedded:demo": Path(__file__).parent.parent / "demo" / "demo.yaml"}
+# A value under such a name is not repeated in a message.
+SECRET_NAME = re.compile(r"token$|secret|password|api_?key", re.IGNORECASE)
 
 
 def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Iterable[str] = ()) -> Config:
@@ -110,11 +113,12 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def _explain(detail: ErrorDetails) -> str:
-    # Discriminated unions put the tag ("classifier") into the location; it is not a key that the user wrote.
-    location = [str(part) for part in detail["loc"] if part not in ("classifier", "rule")]
+    # The union of reward kinds puts its tag after the objective's name; it is not a key that the user wrote.
+    location = [str(part) for number, part in enumerate(detail["loc"]) if (number, detail["loc"][0]) != (2, "rewards")]
     field = ".".join(location) or "configuration"
     value = detail.get("input")
-    shown = "" if isinstance(value, (Mapping, BaseModel)) else f" = {value!r}"
+    hidden = isinstance(value, (Mapping, BaseModel)) or (bool(location) and SECRET_NAME.search(location[-1]) is not None)
+    shown = "" if hidden else f" = {value!r}"
     if detail["type"] == "extra_forbidden":
         return f"{field}{shown}: unknown key. {_suggest(location)}"
     if detail["type"] == "missing":

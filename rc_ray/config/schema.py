@@ -8,50 +8,16 @@ Defaults live here only. An unknown key, a wrong type or an impossible combinati
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import AwareDatetime, Field, field_validator, model_validator
 
-from rc_ray.config.base import NAME_PATTERN, RESERVED_NAMES, Section
+from rc_ray.config.base import NAME_PATTERN, RESERVED_NAMES, PoolConfig, Section, deployment
+from rc_ray.config.rewards import RewardConfig
 from rc_ray.config.selection import SelectionConfig
 
 # vLLM's names for how many devices share one engine.
 PARALLEL_SIZES = ("tensor_parallel_size", "pipeline_parallel_size")
-
-
-def _deployment(default: Any = ..., **kwargs: Any) -> Any:
-    """A field that says where and how fast a run goes, not what comes out: left out of the run's fingerprint."""
-    return Field(default, json_schema_extra={"affects_results": False}, **kwargs)
-
-
-class PoolConfig(Section):
-    """One Ray Data actor pool, of fixed size unless `max_size` is given."""
-
-    size: int = Field(1, ge=1)
-    """Number of actors: always, or with `max_size` at least and to begin with."""
-
-    max_size: int | None = Field(None, ge=2)
-    """For clusters that grow with the work: actors are added while blocks wait, up to so many. None: always `size`."""
-
-    num_cpus: float | None = Field(None, gt=0)
-    """Ray CPUs reserved per actor. None: chosen by the planner, with the reason printed."""
-
-    num_gpus: float | None = Field(None, ge=0)
-    """Ray GPUs reserved per actor. None: tensor x pipeline parallel size for generation and 1 for a reward model when the
-    cluster has GPUs, otherwise 0. Fractions put several actors on one GPU."""
-
-    @model_validator(mode="after")
-    def _possible(self) -> PoolConfig:
-        if self.max_size is not None and self.max_size <= self.size:
-            raise ValueError(
-                f"max_size ({self.max_size}) has no effect unless it is above size ({self.size}), with which the pool begins; raise or remove it"
-            )
-        if self.num_gpus is not None and self.num_gpus > 1 and not self.num_gpus.is_integer():
-            raise ValueError(
-                f"num_gpus ({self.num_gpus:g}) must be a whole number above 1: Ray has no fractions of several GPUs"
-            )
-        return self
 
 
 class PromptsConfig(Section):
@@ -167,7 +133,7 @@ class GenerationConfig(Section):
     """Further vLLM engine arguments by vLLM's own names, e.g. `{tensor_parallel_size: 2, gpu_memory_utilization: 0.85}`;
     checked against vLLM's own list before anything starts."""
 
-    pool: PoolConfig = _deployment(PoolConfig())
+    pool: PoolConfig = deployment(PoolConfig())
     """The pool of vLLM engines. With several policies each different model has a pool like this one."""
 
     @field_validator("policies")
@@ -234,61 +200,6 @@ class GenerationConfig(Section):
         return self
 
 
-class ClassifierReward(Section):
-    """A Hugging Face sequence classifier with one logit."""
-
-    kind: Literal["classifier"]
-    """Reward from `AutoModelForSequenceClassification`."""
-
-    model: str
-    """Hub id, local folder, or `embedded:NAME`."""
-
-    revision: str | None = None
-    """Git revision of a Hub model."""
-
-    max_length: int | None = Field(None, ge=8)
-    """Most tokens of prompt and answer together; None takes the model's own limit. A longer text has no reward
-    (missing, with the reason), it is never cut."""
-
-    max_batch_tokens: int = Field(8192, ge=64)
-    """Padded tokens per forward pass."""
-
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """`auto`: bfloat16 on GPUs, float32 on CPUs."""
-
-    trust_remote_code: bool = False
-    """Run Python code from the model's repository. Off unless you trust this one model."""
-
-    pool: PoolConfig = _deployment(PoolConfig())
-    """This objective's actor pool."""
-
-
-class RuleReward(Section):
-    """A Python function over a batch of answers."""
-
-    kind: Literal["rule"]
-    """Reward from a function `f(prompts, answers, **args) -> list[float | None]`."""
-
-    function: str
-    """`module:name`, e.g. `rc_ray.rewards.rules:length_near`."""
-
-    args: dict[str, Any] = {}
-    """Keyword arguments of the function."""
-
-    pool: PoolConfig = _deployment(PoolConfig())
-    """This objective's actor pool."""
-
-    @field_validator("function")
-    @classmethod
-    def _module_and_name(cls, value: str) -> str:
-        if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
-            raise ValueError("must be `module:name`, e.g. rc_ray.rewards.rules:length_near")
-        return value
-
-
-RewardConfig = Annotated[ClassifierReward | RuleReward, Field(discriminator="kind")]
-
-
 class TrainingConfig(Section):
     """DPO with TRL on Ray Train. Source: DPO, arXiv 2305.18290."""
 
@@ -298,10 +209,10 @@ class TrainingConfig(Section):
     num_workers: int = Field(2, ge=1)
     """Ray Train workers (data parallel)."""
 
-    num_cpus_per_worker: float | None = _deployment(None, gt=0)
+    num_cpus_per_worker: float | None = deployment(None, gt=0)
     """Ray CPUs per worker. None: chosen by the planner."""
 
-    num_gpus_per_worker: float | None = _deployment(None, ge=0)
+    num_gpus_per_worker: float | None = deployment(None, ge=0)
     """Ray GPUs per worker. None: 1 when the cluster has GPUs, otherwise 0."""
 
     beta: float = Field(0.1, gt=0)
@@ -325,7 +236,7 @@ class TrainingConfig(Section):
     global_batch_size: int = Field(32, ge=1)
     """Pairs per optimizer step over all workers. Must be a multiple of num_workers x per_device_batch_size."""
 
-    per_device_batch_size: int = _deployment(2, ge=1)
+    per_device_batch_size: int = deployment(2, ge=1)
     """Pairs per forward pass on one worker."""
 
     max_length: int | None = Field(None, ge=16)
@@ -338,10 +249,10 @@ class TrainingConfig(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
 
-    save_every_steps: int = _deployment(50, ge=1)
+    save_every_steps: int = deployment(50, ge=1)
     """Steps between checkpoints; at most so much work is lost when a worker or the driver dies."""
 
-    max_failures: int = _deployment(3, ge=0)
+    max_failures: int = deployment(3, ge=0)
     """Worker failures after which training gives up; each restarts from the last checkpoint."""
 
     @model_validator(mode="after")
@@ -431,7 +342,7 @@ class Config(Section):
     trust_remote_code: bool = False
     """Run Python code from the policy's repository. Off unless you trust this one model."""
 
-    output: str = _deployment()
+    output: str = deployment()
     """The run directory: a path, or any URI that pyarrow reads (s3://, gs://, ...). Every node must reach it."""
 
     seed: int = Field(0, ge=0)
@@ -455,10 +366,10 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     """Before/after."""
 
-    budget: BudgetConfig = _deployment(BudgetConfig())
+    budget: BudgetConfig = deployment(BudgetConfig())
     """When to end early."""
 
-    cluster: ClusterConfig = _deployment(ClusterConfig())
+    cluster: ClusterConfig = deployment(ClusterConfig())
     """Ray."""
 
     @field_validator("rewards")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rc_ray.config import ClassifierReward, RewardConfig, RuleReward
+from rc_ray.config import ClassifierReward, HttpReward, RewardConfig, RuleReward
 from rc_ray.core.ids import Message
 
 # Rewards are stored in single precision; a larger number would become an infinity.
@@ -57,6 +57,10 @@ def build_reward(config: RewardConfig, on_gpu: bool, num_threads: int) -> Reward
         from rc_ray.rewards.rule import RuleRewardFunction
 
         return RuleRewardFunction(config.function, config.args)
+    if isinstance(config, HttpReward):
+        from rc_ray.rewards.http import HttpRewardService
+
+        return HttpRewardService(config)
     assert isinstance(config, ClassifierReward)
     from rc_ray.rewards.classifier import ClassifierRewardModel
 

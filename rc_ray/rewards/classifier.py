@@ -1,7 +1,7 @@
-"""Rewards from a Hugging Face sequence classifier with one logit, run with plain transformers.
+"""Rewards from a Hugging Face sequence classifier, run with plain transformers.
 
-Answers are sorted by length and batched under a budget of padded tokens. Invariant: the score of an answer does not depend
-on its batch beyond rounding, and a text longer than the model's limit has no score; it is never cut.
+Answers are sorted by length and batched under a budget of padded tokens, which is halved when memory runs out and grows back. Invariant:
+the score of an answer does not depend on its batch beyond rounding, and a text longer than the model's limit has no score; it is never cut.
 """
 
 from __future__ import annotations
@@ -43,13 +43,10 @@ class ClassifierRewardModel:
         self.model = AutoModelForSequenceClassification.from_pretrained(
             path, dtype=getattr(torch, dtype), use_safetensors=True, **options
         )
-        if self.model.config.num_labels != 1:
-            raise ModelError(
-                f"reward model {config.model!r} has {self.model.config.num_labels} labels, but a reward needs one logit; "
-                "use a model saved with num_labels=1"
-            )
+        self._label = self._index_of(config)
+        self._log_odds = config.label is not None and config.label_score != "logit"
         self.model.to(self._device).eval()
-        self._max_batch_tokens = config.max_batch_tokens
+        self._max_batch_tokens = self._batch_tokens = config.max_batch_tokens
         limits = [limit for limit in (config.max_length, length_limit(self.tokenizer, self.model.config)) if limit]
         self._limit = min(limits) if limits else None
         if self.tokenizer.pad_token_id is None:
@@ -70,20 +67,59 @@ class ClassifierRewardModel:
             else:
                 fitting.append(i)
         fitting.sort(key=lambda i: lengths[i])
-        for batch in self._batches(fitting, lengths):
-            padded = self.tokenizer.pad([encoded[i] for i in batch], return_tensors="pt").to(self._device)
-            with self._torch.inference_mode():
-                logits = self.model(**padded).logits[:, 0].float().cpu().tolist()
-            for i, logit in zip(batch, logits, strict=True):
-                scores[i] = Score.checked(logit)
+        start, ordered = 0, [lengths[i] for i in fitting]
+        while start < len(fitting):
+            batch = fitting[start : start + self._batch_size(ordered, start)]
+            try:
+                values = self._forward([encoded[i] for i in batch])
+            except self._torch.OutOfMemoryError:
+                if self._device == "cuda":
+                    self._torch.cuda.empty_cache()
+                if len(batch) > 1:
+                    self._batch_tokens = len(batch) * lengths[batch[-1]] // 2
+                    continue
+                scores[batch[0]] = Score(None, f"out of memory for {lengths[batch[0]]} tokens by themselves")
+            else:
+                self._batch_tokens = min(self._max_batch_tokens, self._batch_tokens + 1 + self._batch_tokens // 4)
+                for i, value in zip(batch, values, strict=True):
+                    scores[i] = Score.checked(value)
+            start += len(batch)
         return scores
 
-    def _batches(self, order: list[int], lengths: list[int]) -> list[list[int]]:
-        """Splits indices sorted by length into batches of at most `max_batch_tokens` padded tokens."""
-        batches: list[list[int]] = []
-        for i in order:
-            if batches and lengths[i] * (len(batches[-1]) + 1) <= self._max_batch_tokens:
-                batches[-1].append(i)
-            else:
-                batches.append([i])
-        return batches
+    def _forward(self, encoded: list[dict[str, list[int]]]) -> list[float]:
+        """The scores of one batch."""
+        padded = self.tokenizer.pad(encoded, return_tensors="pt").to(self._device)
+        with self._torch.inference_mode():
+            logits = self.model(**padded).logits.float()
+            values = logits[:, self._label]
+            if self._log_odds:
+                others = [i for i in range(logits.shape[1]) if i != self._label]
+                values = values - logits[:, others].logsumexp(dim=1)
+        return list(values.cpu().tolist())
+
+    def _batch_size(self, lengths: list[int], start: int) -> int:
+        """How many texts from `start` on, the shortest first, make a batch of at most `_batch_tokens` padded tokens; at least one."""
+        size = 1
+        while start + size < len(lengths) and lengths[start + size] * (size + 1) <= self._batch_tokens:
+            size += 1
+        return size
+
+    def _index_of(self, config: ClassifierReward) -> int:
+        """Index of the logit that is the reward.
+
+        Raises:
+            ModelError: the model has several labels and none, or one that it does not have, is chosen; or it has one and a label is given.
+        """
+        number, names = self.model.config.num_labels, dict(self.model.config.id2label)
+        if number == 1 and config.label is None:
+            return 0
+        found = [i for i, name in names.items() if config.label in (i, name)]
+        if number > 1 and len(found) == 1:
+            return int(found[0])
+        known = f"has {number} labels ({', '.join(f'{i}: {name}' for i, name in list(names.items())[:20])})"
+        if config.label is None:
+            raise ModelError(f"reward model {config.model!r} {known}, but a reward is one number; choose one with `label`")
+        reason = (
+            "`label` has no effect on one logit; remove it" if number == 1 else "give the index or the name of one of these"
+        )
+        raise ModelError(f"label = {config.label!r}: the reward model {config.model!r} {known}; {reason}")

@@ -225,29 +225,92 @@ def test_the_limit_of_the_model_holds_when_none_is_set(model: ClassifierRewardMo
     assert long.missing.endswith("tokens exceed the reward model's limit of 512")
 
 
+def split(lengths: list[int], budget: int) -> list[list[int]]:
+    """The batches of texts of these lengths, the shortest first."""
+    reward = ClassifierRewardModel.__new__(ClassifierRewardModel)
+    reward._batch_tokens = budget
+    batches, start = [], 0
+    while start < len(lengths):
+        batches.append(lengths[start : start + reward._batch_size(lengths, start)])
+        start += len(batches[-1])
+    return batches
+
+
 @given(st.lists(st.integers(1, 300), max_size=60), st.integers(64, 600))
 def test_batches_hold_every_index_once_within_the_budget(lengths: list[int], budget: int) -> None:
-    reward = ClassifierRewardModel.__new__(ClassifierRewardModel)
-    reward._max_batch_tokens = budget
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    batches = reward._batches(order, lengths)
-    assert [i for batch in batches for i in batch] == order
+    lengths.sort()
+    batches = split(lengths, budget)
+    assert [length for batch in batches for length in batch] == lengths
     for batch in batches:
         # A single text may be longer than the budget; several together may not.
-        assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= budget
+        assert len(batch) == 1 or max(batch) * len(batch) <= budget
 
 
 def test_batches_are_filled() -> None:
-    reward = ClassifierRewardModel.__new__(ClassifierRewardModel)
-    reward._max_batch_tokens = 100
-    assert reward._batches([0, 1, 2, 3, 4], [10, 10, 25, 25, 90]) == [[0, 1, 2, 3], [4]]
+    assert split([10, 10, 25, 25, 90], 100) == [[10, 10, 25, 25], [90]]
 
 
-def test_a_model_with_two_labels_is_no_reward(tmp_path: Path) -> None:
-    make_llama(tmp_path / "two", seed=3, labels=2)
-    config = ClassifierReward(kind="classifier", model=str(tmp_path / "two"))
-    with pytest.raises(ModelError, match=r"has 2 labels.*num_labels=1"):
-        ClassifierRewardModel(config, on_gpu=False, num_threads=1)
+def test_memory_that_runs_out_makes_smaller_batches_which_grow_again(
+    model: ClassifierRewardModel, expected: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    forward, sizes, room = model._forward, [], [10**9]
+
+    def limited(encoded: list[dict[str, list[int]]]) -> list[float]:
+        padded = max(len(e["input_ids"]) for e in encoded) * len(encoded)
+        if padded > room[0]:
+            raise torch.OutOfMemoryError
+        sizes.append(padded)
+        return forward(encoded)
+
+    monkeypatch.setattr(model, "_forward", limited)
+    assert values(model, ANSWERS) == pytest.approx(expected, abs=1e-5)
+    roomy = max(sizes)
+    room[0], sizes[:] = 100, []
+    lengths = [len(encode(model.tokenizer, PROMPT, answer)["input_ids"]) for answer in ANSWERS]
+    scores = model.score([PROMPT] * len(ANSWERS), ANSWERS)
+    for score, length, value in zip(scores, lengths, expected, strict=True):
+        if length > 100:
+            assert score == Score(None, f"out of memory for {length} tokens by themselves")
+        else:
+            assert score.value == pytest.approx(value, abs=1e-5)
+    assert max(sizes) <= 100 < max(lengths)
+    room[0], sizes[:] = 10**9, []
+    assert values(model, ANSWERS * 3) == pytest.approx(expected * 3, abs=1e-5)
+    assert max(sizes) >= roomy
+    assert model._batch_tokens == model._max_batch_tokens
+
+
+def two_labels(tmp_path: Path, **options: Any) -> ClassifierRewardModel:
+    folder = tmp_path / "two"
+    if not folder.exists():
+        make_llama(folder, seed=3, labels=2)
+        config = json.loads((folder / "config.json").read_text())
+        config["id2label"], config["label2id"] = {"0": "bad", "1": "good"}, {"bad": 0, "good": 1}
+        (folder / "config.json").write_text(json.dumps(config))
+    return ClassifierRewardModel(ClassifierReward(kind="classifier", model=str(folder), **options), on_gpu=False, num_threads=1)
+
+
+def test_of_several_labels_one_is_chosen(tmp_path: Path) -> None:
+    logits = [values(two_labels(tmp_path, label=label, label_score="logit"), ANSWERS) for label in (0, 1)]
+    difference = [b - a for a, b in zip(*logits, strict=True)]  # type: ignore[operator]
+    assert values(two_labels(tmp_path, label="good"), ANSWERS) == pytest.approx(difference, abs=1e-5)
+    assert values(two_labels(tmp_path, label="bad"), ANSWERS) == pytest.approx([-d for d in difference], abs=1e-5)
+    assert max(difference) - min(difference) > 0.1
+
+
+def test_a_label_that_is_not_clear_is_an_error(tmp_path: Path, tiny_rewards: dict[str, Path]) -> None:
+    with pytest.raises(ModelError, match=r"has 2 labels \(0: bad, 1: good\).*choose one with `label`"):
+        two_labels(tmp_path)
+    with pytest.raises(ModelError, match=r"label = 'best'.*0: bad, 1: good.*one of these"):
+        two_labels(tmp_path, label="best")
+    with pytest.raises(ModelError, match=r"label = 0.*no effect on one logit"):
+        ClassifierRewardModel(
+            ClassifierReward(kind="classifier", model=str(tiny_rewards["helpful"]), label=0), on_gpu=False, num_threads=1
+        )
+    with pytest.raises(ValueError, match="label_score has no effect without label"):
+        ClassifierReward(kind="classifier", model="m", label_score="logit")
 
 
 def test_a_folder_with_pickled_weights_only_is_refused(tmp_path: Path) -> None:

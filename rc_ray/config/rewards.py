@@ -1,0 +1,129 @@
+"""The kinds of rewards: `rewards.<objective>.kind`."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator, model_validator
+
+from rc_ray.config.base import PoolConfig, Section, deployment
+
+
+class ClassifierReward(Section):
+    """A Hugging Face sequence classifier."""
+
+    kind: Literal["classifier"]
+    """Reward from `AutoModelForSequenceClassification`."""
+
+    model: str
+    """Hub id, local folder, or `embedded:NAME`."""
+
+    revision: str | None = None
+    """Git revision of a Hub model."""
+
+    label: int | str | None = None
+    """Which of several labels the reward is about: its index or its name in the model's configuration. None: the model has one logit."""
+
+    label_score: Literal["log_odds", "logit"] | None = None
+    """Reward from the label. `log_odds` (taken when None): log p / (1 - p) under the softmax over all, for labels of which one is true.
+    `logit`: as it is, for independent heads, such as those of a multi-objective reward model."""
+
+    max_length: int | None = Field(None, ge=8)
+    """Most tokens of prompt and answer together; None takes the model's own limit. A longer text has no reward
+    (missing, with the reason), it is never cut."""
+
+    max_batch_tokens: int = Field(8192, ge=64)
+    """Padded tokens per forward pass; fewer for a while after memory ran out."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """`auto`: bfloat16 on GPUs, float32 on CPUs."""
+
+    trust_remote_code: bool = False
+    """Run Python code from the model's repository. Off unless you trust this one model."""
+
+    pool: PoolConfig = deployment(PoolConfig())
+    """This objective's actor pool."""
+
+    @model_validator(mode="after")
+    def _label(self) -> ClassifierReward:
+        if self.label is None and self.label_score is not None:
+            raise ValueError("label_score has no effect without label; choose the label, or remove it")
+        return self
+
+
+class RuleReward(Section):
+    """A Python function over a batch of answers."""
+
+    kind: Literal["rule"]
+    """Reward from a function `f(prompts, answers, **args) -> list[float | None]`."""
+
+    function: str
+    """`module:name`, e.g. `rc_ray.rewards.rules:length_near`."""
+
+    args: dict[str, Any] = {}
+    """Keyword arguments of the function."""
+
+    pool: PoolConfig = deployment(PoolConfig())
+    """This objective's actor pool."""
+
+    @field_validator("function")
+    @classmethod
+    def _module_and_name(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
+            raise ValueError("must be `module:name`, e.g. rc_ray.rewards.rules:length_near")
+        return value
+
+
+class HttpReward(Section):
+    """A service that scores answers: JSON in and out.
+
+    Sent is `{"items": [{"prompt": [{"role", "content"}, ...], "answer": "..."}, ...]}`; expected is `{"scores": [1.5, null, ...]}`, one number
+    per item, or null where there is none.
+    """
+
+    kind: Literal["http"]
+    """Reward from a POST request per batch."""
+
+    url: str
+    """`https://...`; `http://...` for what sends no token."""
+
+    token_env: str | None = deployment(None)
+    """Environment variable, on every node, with the token that is sent as `Authorization: Bearer ...`. The token itself belongs
+    nowhere in a configuration."""
+
+    ca_file: str | None = deployment(None)
+    """Certificates to trust instead of the usual ones, e.g. of a company. The server's certificate is always checked."""
+
+    batch_size: int = deployment(32, ge=1)
+    """Answers per request."""
+
+    num_connections: int = deployment(4, ge=1)
+    """Requests at the same time, of each actor."""
+
+    timeout_s: float = deployment(60.0, gt=0)
+    """Longest wait for a connection, and for each part of an answer."""
+
+    max_retries: int = deployment(5, ge=0)
+    """How often a request is repeated after a failed connection, a timeout, or status 429, 500, 502, 503 or 504; the wait doubles from a
+    second on, or is what `Retry-After` says. After the last one the scores of its answers are missing."""
+
+    pool: PoolConfig = deployment(PoolConfig())
+    """This objective's actor pool."""
+
+    @model_validator(mode="after")
+    def _safe(self) -> HttpReward:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("url must begin with https:// or http:// and name a host")
+        if parts.username or parts.password:
+            raise ValueError(
+                "url holds a user name or password; put the token into an environment variable and name that in token_env"
+            )
+        if self.token_env is not None and parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
+            raise ValueError("url begins with http://, so the token of token_env could be read on its way; use https://")
+        return self
+
+
+RewardConfig = Annotated[ClassifierReward | HttpReward | RuleReward, Field(discriminator="kind")]
