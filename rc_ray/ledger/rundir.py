@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from rc_ray.config import Config, differences, fingerprint, load_config, result_fields, to_yaml
-from rc_ray.errors import DataError, ResumeError
+from rc_ray.errors import ConfigError, DataError, ResumeError
 from rc_ray.ledger.ledger import Ledger
 from rc_ray.ledger.storage import Folder
 
@@ -82,6 +82,14 @@ class RunDir:
         """The configuration that the directory was made with."""
         return load_config(yaml.safe_load(self.root.read_bytes("config.yaml")))
 
+    def result_fields(self) -> dict[str, Any]:
+        """What decided its results, as recorded; an option that this version of the package has added since counts with its default."""
+        recorded = dict(self.manifest()["result_fields"])
+        try:
+            return _completed(recorded, result_fields(self.config()))
+        except (ConfigError, FileNotFoundError):  # an option was taken away, which will show; or a kill came before that file
+            return recorded
+
 
 def open_existing(uri: str) -> RunDir:
     """An existing run directory.
@@ -95,6 +103,14 @@ def open_existing(uri: str) -> RunDir:
             f"{root.uri!r} is not a run directory (no config.yaml and manifest.json); start one with `rc-ray run CONFIG`"
         )
     return RunDir(root)
+
+
+def _completed(recorded: dict[str, Any], today: dict[str, Any]) -> dict[str, Any]:
+    inner = {
+        key: _completed(value, today[key]) if isinstance(value, dict) and isinstance(today.get(key), dict) else value
+        for key, value in recorded.items()
+    }
+    return {**today, **inner}
 
 
 def check_owner(config: Config, data_hashes: dict[str, str]) -> bool:
@@ -120,7 +136,7 @@ def check_owner(config: Config, data_hashes: dict[str, str]) -> bool:
         ) from None
     changed: list[str] = []
     if recorded[0] != fingerprint(config):
-        changed = differences(recorded[1], result_fields(config))
+        changed = differences(RunDir(root).result_fields(), result_fields(config))
     changed += [
         f"content of {name}: {recorded[2].get(name)} -> {value}"
         for name, value in data_hashes.items()

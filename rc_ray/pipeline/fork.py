@@ -39,7 +39,7 @@ def fork(source: str, config: Config, hashes: dict[str, str], emit: Callable[[st
     """
     old = rundir.open_existing(source)
     manifest = old.manifest()
-    before, now = manifest["result_fields"], result_fields(config)
+    before, now = old.result_fields(), result_fields(config)
     kept = _check(before, now, manifest["data_hashes"][PROMPTS], hashes[PROMPTS], source)
     run = rundir.create(config, hashes)
     run.update_manifest(forked_from={"run": old.root.uri, "fingerprint": manifest["fingerprint"]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import yaml
 
 from rc_ray.config import Config, load_config
 from rc_ray.core import schemas
@@ -203,6 +205,25 @@ def test_a_directory_belongs_to_its_configuration(tmp_path: Path) -> None:
     manifest = run.manifest()
     assert (manifest["data_hashes"], manifest["seed"]) == (HASHES, 0)
     assert {"python", "rc-ray", "ray", "torch"} <= manifest["versions"].keys()
+
+
+def test_an_option_added_since_the_run_began_counts_with_its_default(tmp_path: Path) -> None:
+    config = config_for(tmp_path / "run")
+    run = rundir.create(config, HASHES)
+    recorded, plain = run.manifest()["result_fields"], yaml.safe_load(run.root.read_bytes("config.yaml"))
+    older = copy.deepcopy(recorded)
+    for fields in (older, plain):
+        del fields["generation"]["target_gap"], fields["rewards"]["helpful"]["label"]
+    run.root.write_bytes("config.yaml", yaml.safe_dump(plain).encode())
+    run.update_manifest(result_fields=older, fingerprint="of an older version")
+    assert run.result_fields() == recorded
+    assert rundir.check_owner(config, HASHES)
+    with pytest.raises(ResumeError) as caught:
+        rundir.check_owner(config_for(tmp_path / "run", "generation.top_p=0.5", "rewards.helpful.label=1"), HASHES)
+    lines = str(caught.value).splitlines()[1:-1]
+    assert lines == ["  generation.top_p: 1.0 -> 0.5", "  rewards.helpful.label: None -> 1"]
+    run.root.remove("config.yaml")  # a kill came before it
+    assert run.result_fields() == older
 
 
 def test_an_empty_folder_is_free(tmp_path: Path) -> None:
