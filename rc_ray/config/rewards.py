@@ -76,15 +76,8 @@ class RuleReward(Section):
         return value
 
 
-class HttpReward(Section):
-    """A service that scores answers: JSON in and out.
-
-    Sent is `{"items": [{"prompt": [{"role", "content"}, ...], "answer": "..."}, ...]}`; expected is `{"scores": [1.5, null, ...]}`, one number
-    per item, or null where there is none.
-    """
-
-    kind: Literal["http"]
-    """Reward from a POST request per batch."""
+class ServiceReward(Section):
+    """What rewards from a service have in common."""
 
     url: str
     """`https://...`; `http://...` for what sends no token."""
@@ -95,9 +88,6 @@ class HttpReward(Section):
 
     ca_file: str | None = deployment(None)
     """Certificates to trust instead of the usual ones, e.g. of a company. The server's certificate is always checked."""
-
-    batch_size: int = deployment(32, ge=1)
-    """Answers per request."""
 
     num_connections: int = deployment(4, ge=1)
     """Requests at the same time, of each actor."""
@@ -113,7 +103,7 @@ class HttpReward(Section):
     """This objective's actor pool."""
 
     @model_validator(mode="after")
-    def _safe(self) -> HttpReward:
+    def _safe(self) -> ServiceReward:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("url must begin with https:// or http:// and name a host")
@@ -126,4 +116,49 @@ class HttpReward(Section):
         return self
 
 
-RewardConfig = Annotated[ClassifierReward | HttpReward | RuleReward, Field(discriminator="kind")]
+class HttpReward(ServiceReward):
+    """A service that scores answers: JSON in and out.
+
+    Sent is `{"items": [{"prompt": [{"role", "content"}, ...], "answer": "..."}, ...]}`; expected is `{"scores": [1.5, null, ...]}`, one number
+    per item, or null where there is none.
+    """
+
+    kind: Literal["http"]
+    """Reward from a POST request per batch."""
+
+    batch_size: int = deployment(32, ge=1)
+    """Answers per request."""
+
+
+class JudgeReward(ServiceReward):
+    """A language model that judges each answer by a criterion, behind an OpenAI-compatible endpoint."""
+
+    kind: Literal["judge"]
+    """Reward from a chat completion per answer; `url` is that of the completions, e.g. `https://host/v1/chat/completions`."""
+
+    model: str
+    """Name of the model at the endpoint."""
+
+    criterion: str = Field(min_length=1)
+    """What a good answer is, in a sentence or a whole rubric, e.g. `The answer is truthful, and says so where it does not know.`"""
+
+    method: Literal["score", "yes"] = "score"
+    """`score`: a whole number on a scale, as JSON by a schema. `yes`: log p(yes) - log p(no) of the reply's first token, which is finer."""
+
+    lowest: int = 1
+    """Lowest score."""
+
+    highest: int = 10
+    """Highest score."""
+
+    max_tokens: int = Field(64, ge=1)
+    """Most tokens of a reply with a score; a longer one is cut, and its score missing."""
+
+    @model_validator(mode="after")
+    def _scale(self) -> JudgeReward:
+        if self.highest <= self.lowest:
+            raise ValueError(f"highest ({self.highest}) must be above lowest ({self.lowest})")
+        return self
+
+
+RewardConfig = Annotated[ClassifierReward | HttpReward | JudgeReward | RuleReward, Field(discriminator="kind")]

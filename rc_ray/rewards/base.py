@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rc_ray.config import ClassifierReward, HttpReward, RewardConfig, RuleReward
+from rc_ray.config import ClassifierReward, HttpReward, JudgeReward, RewardConfig, RuleReward
 from rc_ray.core.ids import Message
 
 # Rewards are stored in single precision; a larger number would become an infinity.
@@ -61,6 +61,10 @@ def build_reward(config: RewardConfig, on_gpu: bool, num_threads: int) -> Reward
         from rc_ray.rewards.http import HttpRewardService
 
         return HttpRewardService(config)
+    if isinstance(config, JudgeReward):
+        from rc_ray.rewards.judge import JudgeRewardModel
+
+        return JudgeRewardModel(config)
     assert isinstance(config, ClassifierReward)
     from rc_ray.rewards.classifier import ClassifierRewardModel
 

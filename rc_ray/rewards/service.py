@@ -1,0 +1,101 @@
+"""Questions to a service over HTTP: JSON out and in, with retries, checked certificates and a token that shows nowhere.
+
+What is transient (a failed connection, a timeout, status 429, 500, 502, 503, 504) is tried again with growing waits, by urllib3.
+Invariant: a question ends with an answer or with a `ServiceError` that says why; no message holds the token or what the service sent.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from rc_ray.config.rewards import ServiceReward
+from rc_ray.errors import ConfigError
+
+TRANSIENT = (429, 500, 502, 503, 504)
+FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 120.0
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class ServiceError(RuntimeError):
+    """A service gave no usable answer."""
+
+
+class _Bearer:
+    """Adds the token to a request; as `auth`, so that no .netrc takes its place."""
+
+    def __init__(self, token: str) -> None:
+        self._token = token
+
+    def __call__(self, request: Any) -> Any:
+        request.headers["Authorization"] = f"Bearer {self._token}"
+        return request
+
+
+class Service:
+    """One address, asked over several connections.
+
+    Args:
+        first_wait_s: before the second repetition of a request; it doubles from there.
+
+    Raises:
+        ConfigError: the token's environment variable is not set here.
+    """
+
+    def __init__(self, config: ServiceReward, first_wait_s: float = FIRST_WAIT_S) -> None:
+        import requests
+        from requests.adapters import HTTPAdapter
+        from urllib3.util import Retry
+
+        self._config = config
+        self._session = requests.Session()
+        self._session.verify = config.ca_file or True
+        if config.token_env is not None:
+            token = os.environ.get(config.token_env)
+            if not token:
+                raise ConfigError(
+                    f"token_env = {config.token_env!r}: the environment variable is not set on node {os.uname().nodename}; set it on every node "
+                    "before Ray is started there"
+                )
+            self._session.auth = _Bearer(token)
+        retry = Retry(
+            total=config.max_retries,
+            status_forcelist=TRANSIENT,
+            allowed_methods=None,  # POST, too: a score may be asked for twice
+            backoff_factor=first_wait_s / 2,
+            backoff_max=LONGEST_WAIT_S,
+            raise_on_status=False,
+        )
+        adapter = HTTPAdapter(max_retries=retry, pool_maxsize=config.num_connections)
+        self._session.mount("http://", adapter)
+        self._session.mount("https://", adapter)
+
+    def ask(self, question: dict[str, Any]) -> Any:
+        """The JSON value that the service answers with.
+
+        Raises:
+            ServiceError: it does not, in the end.
+        """
+        import requests
+
+        config = self._config
+        try:
+            # Not where another address sends it: that would be a GET, and the token is for this one.
+            response = self._session.post(config.url, json=question, timeout=config.timeout_s, allow_redirects=False)
+        except requests.RequestException as error:
+            raise ServiceError(f"{config.url}: {type(error).__name__}, with {config.max_retries} repetitions") from None
+        if response.status_code != 200:
+            repeated = f", with {config.max_retries} repetitions" if response.status_code in TRANSIENT else ""
+            raise ServiceError(f"{config.url}: status {response.status_code}{repeated}")
+        try:
+            return response.json()
+        except ValueError:
+            raise ServiceError(f"{config.url}: the answer is no JSON") from None
+
+    def map(self, ask: Callable[[T], R], questions: Sequence[T]) -> list[R]:
+        """`ask` of every question, over `num_connections` connections, in order."""
+        with ThreadPoolExecutor(self._config.num_connections) as pool:
+            return list(pool.map(ask, questions))
