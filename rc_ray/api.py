@@ -24,7 +24,7 @@ from rc_ray.core import schemas
 from rc_ray.core.ids import bad_row_id, prompt_id
 from rc_ray.core.measure import Fitted, Summary, fit
 from rc_ray.core.selection import needs_fit, select_pairs, summarize
-from rc_ray.errors import ConfigError, DataError
+from rc_ray.errors import ClusterError, ConfigError, DataError
 from rc_ray.generation.arguments import check_engine_arguments
 from rc_ray.ledger import rundir
 from rc_ray.ledger.storage import Folder
@@ -259,10 +259,10 @@ def calibrate(
         precision: share of RC pairs that shall agree with the labels; the report gives margins for it.
 
     Raises:
-        ConfigError, DataError, ModelError: the configuration, the pairs or the models cannot be used.
+        ConfigError, DataError, ModelError: the configuration, the pairs or the models cannot be used. ClusterError: scoring failed.
     """
     from rc_ray.evaluation.calibrate import calibrate_groups, labelled_groups, plot_reliability
-    from rc_ray.pipeline.graph import attach_rewards
+    from rc_ray.pipeline.graph import attach_rewards, innermost
     from rc_ray.training.preferences import read_preferences
 
     resolved = load_config(config, overrides)
@@ -280,15 +280,20 @@ def calibrate(
             emit(f"calibrate  {count} rows of {path} left out: {reason}")
         tables.append(labelled_groups(name, ((p.messages, p.chosen, p.rejected) for p in preferences)))
     import ray
+    from ray.exceptions import RayError
 
     plan, board = _connect(resolved), start_board()
     labelled = pa.concat_tables(tables).combine_chunks()
     size = resolved.cluster.chunk_size
     groups = ray.data.from_arrow(labelled, override_num_blocks=-(-labelled.num_rows // size))
-    for pools in plan.phases:
-        if objectives := [name for name in pools if name in resolved.rewards]:
-            groups = attach_rewards(groups, resolved, plan, board, objectives=objectives).materialize()
-    found = calibrate_groups(_table(groups), list(resolved.rewards), precision)
+    try:
+        for pools in plan.phases:
+            if objectives := [name for name in pools if name in resolved.rewards]:
+                groups = attach_rewards(groups, resolved, plan, board, objectives=objectives).materialize()
+        scored = _table(groups)
+    except RayError as error:
+        raise ClusterError(f"scoring the labelled pairs failed: {innermost(error)}") from error
+    found = calibrate_groups(scored, list(resolved.rewards), precision)
     if output is not None:
         picture = io.BytesIO()
         plot_reliability(found).savefig(picture, format="png", dpi=120)

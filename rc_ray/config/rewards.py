@@ -43,6 +43,9 @@ class ClassifierReward(Section):
     trust_remote_code: bool = False
     """Run Python code from the model's repository. Off unless you trust this one model."""
 
+    self_test: bool = deployment(True)
+    """Look, when the model is loaded, whether it reads texts as it should (see `rc_ray.rewards.self_test`); a failure ends the run."""
+
     pool: PoolConfig = deployment(PoolConfig())
     """This objective's actor pool."""
 

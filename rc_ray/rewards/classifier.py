@@ -15,6 +15,7 @@ from rc_ray.generation.hardware import choose_dtype
 from rc_ray.models.resolve import local_model
 from rc_ray.rewards.base import Score
 from rc_ray.rewards.encoding import encode
+from rc_ray.rewards.self_test import self_test
 
 
 def length_limit(tokenizer: Any, model_config: Any) -> int | None:
@@ -50,10 +51,17 @@ class ClassifierRewardModel:
         limits = [limit for limit in (config.max_length, length_limit(self.tokenizer, self.model.config)) if limit]
         self._limit = min(limits) if limits else None
         if self.tokenizer.pad_token_id is None:
-            # Padding is masked in attention; the model finds the last real token by this id when it pools the last one.
-            self.tokenizer.pad_token = self.tokenizer.eos_token
+            # Padding is masked in attention, but a model that takes the last token finds it as the last one that is no padding, so the token
+            # must not be one that ends a text.
+            names = self.tokenizer.unk_token, self.tokenizer.bos_token, self.tokenizer.eos_token
+            known = [name for name in names if name is not None]
+            self.tokenizer.pad_token = next(
+                (name for name in known if name != self.tokenizer.eos_token), self.tokenizer.eos_token
+            )
         if self.model.config.pad_token_id is None:
             self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        if config.self_test:
+            self_test(self, config.model)
 
     def score(self, prompts: list[list[Message]], answers: list[str]) -> list[Score]:
         """See `Reward.score`."""

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import make_llama
+
 RULE = """
 def logit(prompts, answers, *, scale):
     return [scale * float(answer.split()[-1]) for answer in answers]
@@ -74,3 +76,29 @@ def test_rewards_three_times_too_large_are_recovered(tmp_path: Path, tiny_policy
     )
     assert again.returncode == 3
     assert "not empty" in again.stderr
+
+
+def test_a_reward_model_that_fails_its_self_test_ends_the_command_with_the_reason(tmp_path: Path, tiny_policy: Path) -> None:
+    from transformers import AutoTokenizer
+
+    folder = make_llama(tmp_path / "reward", seed=1, labels=1)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{{ bos_token }}{{ bos_token }}" + tokenizer.chat_template
+    tokenizer.save_pretrained(folder)
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    config = {
+        "model": str(tiny_policy),
+        "output": "run",
+        "prompts": {"path": "pairs.jsonl"},
+        "rewards": {
+            "twice": {"kind": "classifier", "model": str(folder)},
+            "brief": {"kind": "rule", "function": "rc_ray.rewards.rules:length_near", "args": {"target_words": 5}},
+        },
+    }
+    (tmp_path / "my.yaml").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "rc_ray", "calibrate", "my.yaml", "--pairs", "twice=pairs.jsonl"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 5, done.stdout[-2000:] + done.stderr[-3000:]
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("rc-ray: ClusterError: scoring the labelled pairs failed: ModelError: reward model")
+    assert "failed its self-test: its texts begin with 2 tokens '<s>'" in last

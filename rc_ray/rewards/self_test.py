@@ -1,0 +1,102 @@
+"""What a classifier must pass before its rewards are used: each is a defect that reward models have had, and that nobody notices.
+
+* It begins a text with one beginning-of-sequence token, where its tokenizer has one.
+* The text it reads ends where the answer ends: not before, and with no header of another turn after.
+* Its padding token occurs in no text; a model that takes the last token that is no padding would read the one before.
+* An answer has the same reward by itself, in a padded batch, and in another order.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rc_ray.core.ids import Message
+from rc_ray.errors import ModelError
+from rc_ray.rewards.encoding import encode
+
+if TYPE_CHECKING:
+    from rc_ray.rewards.classifier import ClassifierRewardModel
+
+PROMPT: list[Message] = [{"role": "user", "content": "How much is two and two?"}]
+ANSWERS = [
+    "Four.",
+    "Two and two make four, " + "as they always have, " * 8 + "I think.",
+    "That is five, or four; I am not sure.",
+]
+# Largest difference between two ways of asking, relative to the larger of 1 and the reward.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
+TURN_OFF = "; if this is how it was trained, set `self_test: false` for it"
+
+
+def self_test(model: ClassifierRewardModel, name: str) -> None:
+    """Runs all checks on a loaded model.
+
+    Raises:
+        ModelError: which one failed, and how.
+    """
+    for check in (_one_beginning, _ends_with_the_answer, _padding_is_no_text, _same_in_any_company):
+        wrong = check(model)
+        if wrong:
+            raise ModelError(f"reward model {name!r} failed its self-test: {wrong}")
+
+
+def _ids(model: ClassifierRewardModel, answer: str) -> list[int]:
+    return encode(model.tokenizer, PROMPT, answer)["input_ids"]
+
+
+def _one_beginning(model: ClassifierRewardModel) -> str | None:
+    tokenizer = model.tokenizer
+    begin = tokenizer.bos_token_id
+    if begin is None:
+        return None
+    ids = _ids(model, ANSWERS[0])
+    # Where the token also ends or separates texts, only those at the start can be counted.
+    elsewhere = begin in (tokenizer.eos_token_id, tokenizer.sep_token_id)
+    count = next((i for i, each in enumerate(ids) if each != begin), len(ids)) if elsewhere else ids.count(begin)
+    if count > 1:
+        return f"its texts begin with {count} tokens {tokenizer.bos_token!r}; take all but one out of its chat template"
+    if count == 0 and tokenizer("a")["input_ids"][0] == begin:
+        return f"its tokenizer begins texts with {tokenizer.bos_token!r}, but its chat template does not{TURN_OFF}"
+    return None
+
+
+def _ends_with_the_answer(model: ClassifierRewardModel) -> str | None:
+    tokenizer = model.tokenizer
+    first, second = (
+        _ids(model, f"This is a somewhat longer answer, which ends with the word {word}") for word in ("red", "blue")
+    )
+    if first == second:
+        return "two answers that differ in their last word look the same to it, so it does not read answers to their end"
+    if not tokenizer.chat_template:
+        return None
+    answer = "answer"
+    text = str(tokenizer.apply_chat_template([*PROMPT, {"role": "assistant", "content": answer}], tokenize=False))
+    before, found, after = text.rpartition(answer)
+    header = before.rpartition(PROMPT[-1]["content"])[2].strip()
+    if not found or (header and header in after):
+        return f"after the answer its chat template writes {after!r}, which begins another turn"
+    return None
+
+
+def _padding_is_no_text(model: ClassifierRewardModel) -> str | None:
+    padding = model.model.config.pad_token_id
+    if padding is None or padding not in _ids(model, ANSWERS[0]):
+        return None
+    token = model.tokenizer.convert_ids_to_tokens(padding)
+    return f"its padding token {token!r} also occurs in its texts, so the position it reads is not their end; give it another pad_token{TURN_OFF}"
+
+
+def _same_in_any_company(model: ClassifierRewardModel) -> str | None:
+    def ask(answers: list[str]) -> list[float | None]:
+        return [score.value for score in model.score([PROMPT] * len(answers), answers)]
+
+    alone = [ask([answer])[0] for answer in ANSWERS]
+    dtype = str(model.model.dtype).removeprefix("torch.")
+    for company, values in (("in a padded batch", ask(ANSWERS)), ("in another order", ask(ANSWERS[::-1])[::-1])):
+        for one, other in zip(alone, values, strict=True):
+            # Longer than the model's limit, or not finite: such scores are missing either way.
+            if one is None or other is None:
+                continue
+            if abs(one - other) > TOLERANCE[dtype] * max(1.0, abs(one)):
+                return f"an answer has the reward {one:.6g} by itself and {other:.6g} {company} ({dtype}, tolerance {TOLERANCE[dtype]:g})"
+    return None

@@ -1,0 +1,138 @@
+"""Historic defects of reward models, built into tiny ones: each is handled, or caught with its own words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rc_ray.config import ClassifierReward
+from rc_ray.errors import ModelError
+from rc_ray.rewards.classifier import ClassifierRewardModel
+from rc_ray.rewards.encoding import encode
+from rc_ray.rewards.self_test import self_test
+from tests.conftest import CHAT_TEMPLATE, make_llama
+
+PROMPT = [{"role": "user", "content": "hello, how are you?"}]
+ANSWERS = ["fine", "hello " * 20, "how are you today", "", "world " * 7]
+Change = Callable[[Any, Any], None]
+
+
+def changed(folder: Path, change: Change) -> Path:
+    """A tiny classifier after a change to its tokenizer and configuration."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    make_llama(folder, seed=5, labels=1)
+    tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
+    change(tokenizer, config)
+    tokenizer.save_pretrained(folder)
+    config.save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path, **options: Any) -> ClassifierRewardModel:
+    config = ClassifierReward(kind="classifier", model=str(folder), dtype="float32", **options)
+    return ClassifierRewardModel(config, on_gpu=False, num_threads=1)
+
+
+def plain(folder: Path, texts: list[str]) -> list[float]:
+    """Logits of the last token of each text, one row at a time, from the network itself, so that no padding is involved."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    network = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    logits = []
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            logits.append(network.score(network.model(input_ids=ids).last_hidden_state[0, -1]).item())
+    return logits
+
+
+def no_padding(tokenizer: Any, config: Any) -> None:
+    tokenizer.pad_token = config.pad_token_id = None
+
+
+def left_padding(tokenizer: Any, config: Any) -> None:
+    tokenizer.padding_side = "left"
+
+
+def own_beginning(tokenizer: Any, config: Any) -> None:
+    tokenizer.chat_template = "{{ bos_token }}" + CHAT_TEMPLATE
+
+
+def padding_is_end(tokenizer: Any, config: Any) -> None:
+    tokenizer.pad_token, config.pad_token_id = tokenizer.eos_token, tokenizer.eos_token_id
+
+
+def two_beginnings(tokenizer: Any, config: Any) -> None:
+    tokenizer.chat_template = "{{ bos_token }}{{ bos_token }}" + CHAT_TEMPLATE
+
+
+def forgotten_beginning(tokenizer: Any, config: Any) -> None:
+    from tokenizers import processors
+
+    token = ("<s>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[token])
+
+
+def cut_answers(tokenizer: Any, config: Any) -> None:
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("m['content']", "m['content'][:40]")
+
+
+def another_turn(tokenizer: Any, config: Any) -> None:
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("{% if add_generation_prompt %}", "{% if true %}")
+
+
+def other_padding(tokenizer: Any, config: Any) -> None:
+    config.pad_token_id = tokenizer.convert_tokens_to_ids("<|system|>")
+
+
+@pytest.mark.parametrize("change", [no_padding, left_padding, own_beginning], ids=lambda change: change.__name__)
+def test_what_can_be_handled_gives_the_rewards_of_the_plain_network(change: Change, tmp_path: Path) -> None:
+    folder = changed(tmp_path, change)
+    begin = "<s>" if change is own_beginning else ""
+    texts = [f"{begin}<|user|>{PROMPT[0]['content']}<|assistant|>{answer}</s>" for answer in ANSWERS]
+    scores = load(folder).score([PROMPT] * len(ANSWERS), ANSWERS)
+    assert [s.value for s in scores] == pytest.approx(plain(folder, texts), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (padding_is_end, "padding token '</s>' also occurs in its texts"),
+        (two_beginnings, "begin with 2 tokens '<s>'"),
+        (forgotten_beginning, "its chat template does not"),
+        (cut_answers, "does not read answers to their end"),
+        (another_turn, "'</s><|assistant|>', which begins another turn"),
+        (other_padding, "in a padded batch"),
+    ],
+)
+def test_what_cannot_is_caught_with_its_own_words(change: Change, words: str, tmp_path: Path) -> None:
+    folder = changed(tmp_path, change)
+    with pytest.raises(ModelError, match="failed its self-test") as caught:
+        load(folder)
+    assert words in str(caught.value)
+    assert str(folder) in str(caught.value)
+    assert load(folder, self_test=False).score([PROMPT], ["fine"])[0].value is not None
+
+
+def test_a_reward_that_depends_on_the_order_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(make_llama(tmp_path, seed=5, labels=1))
+    forward = model._forward
+
+    def by_position(encoded: list[dict[str, list[int]]]) -> list[float]:
+        return [value + i for i, value in enumerate(forward(encoded))]
+
+    monkeypatch.setattr(model, "_forward", by_position)
+    with pytest.raises(ModelError, match=r"by itself and .* in a padded batch"):
+        self_test(model, "m")
+
+
+def test_a_limit_that_no_text_fits_is_no_failure(tmp_path: Path) -> None:
+    model = load(make_llama(tmp_path, seed=5, labels=1), max_length=8)
+    assert model.score([PROMPT], ["fine"])[0].value is None
+    assert len(encode(model.tokenizer, PROMPT, "fine")["input_ids"]) > 8
