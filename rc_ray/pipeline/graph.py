@@ -368,6 +368,10 @@ def innermost(error: BaseException) -> str:
         return first.strip().splitlines()[-1][:600]
     cause: BaseException = error
     while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None and inner is not cause:
+        if type(inner).__name__ == "SystemException":  # Ray Data's mark for what is not the user's code, without a word
+            break
         cause = inner
     text = str(cause).strip() or type(cause).__name__
-    return f"{type(cause).__name__}: {text.splitlines()[-1] if 'Traceback' in text else text}"[:600]
+    if 'File "' in text:  # a traceback, whatever its first line
+        text = text.splitlines()[-1]
+    return f"{type(cause).__name__}: {text}"[:600]
