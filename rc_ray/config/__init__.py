@@ -2,7 +2,7 @@
 
 from rc_ray.config.base import PoolConfig
 from rc_ray.config.load import differences, fingerprint, load_config, load_selection, result_fields, to_yaml
-from rc_ray.config.rewards import ClassifierReward, HttpReward, JudgeReward, RewardConfig, RuleReward
+from rc_ray.config.rewards import ClassifierReward, HttpReward, ImplicitReward, JudgeReward, RewardConfig, RuleReward
 from rc_ray.config.schema import (
     BudgetConfig,
     ClusterConfig,
@@ -24,6 +24,7 @@ __all__ = [
     "EvaluationConfig",
     "GenerationConfig",
     "HttpReward",
+    "ImplicitReward",
     "JudgeReward",
     "PolicyConfig",
     "PoolConfig",

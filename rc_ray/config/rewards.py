@@ -55,6 +55,51 @@ class ClassifierReward(Section):
             raise ValueError("label_score has no effect without label; choose the label, or remove it")
         return self
 
+    def models(self) -> dict[str, tuple[str, str | None]]:
+        """Name and revision of each model it loads, by field."""
+        return {"model": (self.model, self.revision)}
+
+
+class ImplicitReward(Section):
+    """The implicit reward of a policy that was aligned on one objective: beta x (its log-prob - that of its reference)."""
+
+    kind: Literal["implicit"]
+    """Reward from two causal language models (DPO, arXiv 2305.18290)."""
+
+    policy: str
+    """The aligned policy: Hub id, local folder, or `embedded:NAME`."""
+
+    policy_revision: str | None = None
+    """Git revision of a Hub model."""
+
+    reference: str
+    """What it was aligned from."""
+
+    reference_revision: str | None = None
+    """Git revision of a Hub model."""
+
+    beta: float = Field(0.1, gt=0)
+    """As it was aligned with; the unit of the reward."""
+
+    max_length: int | None = Field(None, ge=8)
+    """Most tokens of prompt and answer together; None takes the models' own limits. A longer text has no reward, it is never cut."""
+
+    max_batch_tokens: int = Field(2048, ge=64)
+    """Padded tokens per forward pass; fewer for a while after memory ran out. Each needs the logits of the whole vocabulary."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """`auto`: bfloat16 on GPUs, float32 on CPUs."""
+
+    trust_remote_code: bool = False
+    """Run Python code from the two models' repositories. Off unless you trust them."""
+
+    pool: PoolConfig = deployment(PoolConfig())
+    """This objective's actor pool."""
+
+    def models(self) -> dict[str, tuple[str, str | None]]:
+        """See `ClassifierReward.models`."""
+        return {"policy": (self.policy, self.policy_revision), "reference": (self.reference, self.reference_revision)}
+
 
 class RuleReward(Section):
     """A Python function over a batch of answers."""
@@ -77,6 +122,10 @@ class RuleReward(Section):
         if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
             raise ValueError("must be `module:name`, e.g. rc_ray.rewards.rules:length_near")
         return value
+
+    def models(self) -> dict[str, tuple[str, str | None]]:
+        """None."""
+        return {}
 
 
 class ServiceReward(Section):
@@ -117,6 +166,10 @@ class ServiceReward(Section):
         if self.token_env is not None and parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
             raise ValueError("url begins with http://, so the token of token_env could be read on its way; use https://")
         return self
+
+    def models(self) -> dict[str, tuple[str, str | None]]:
+        """None that is loaded here."""
+        return {}
 
 
 class HttpReward(ServiceReward):
@@ -164,4 +217,4 @@ class JudgeReward(ServiceReward):
         return self
 
 
-RewardConfig = Annotated[ClassifierReward | HttpReward | JudgeReward | RuleReward, Field(discriminator="kind")]
+RewardConfig = Annotated[ClassifierReward | HttpReward | ImplicitReward | JudgeReward | RuleReward, Field(discriminator="kind")]

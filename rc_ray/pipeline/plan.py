@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from rc_ray.config import ClassifierReward, Config, PoolConfig
+from rc_ray.config import Config, PoolConfig
 from rc_ray.errors import ClusterError
 from rc_ray.generation.hardware import choose_dtype, cpu_engine_environment, engine_choices, num_cores
 from rc_ray.pipeline.policies import engines_of, members_of
@@ -115,7 +115,7 @@ def make_plan(
     engines = {name: _engine_pool(name, config, engine_gpus) for name in engine_names(config)}
     pools = dict(engines)
     for name, reward in config.rewards.items():
-        is_model = isinstance(reward, ClassifierReward)
+        is_model = bool(reward.models())
         pools[name] = _pool(name, reward.pool, float(is_model and gpus > 0), CLASSIFIER_CPUS if is_model else RULE_CPUS)
     rewards = list(config.rewards)
     ways = {

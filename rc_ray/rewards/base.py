@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rc_ray.config import ClassifierReward, HttpReward, JudgeReward, RewardConfig, RuleReward
+from rc_ray.config import ClassifierReward, HttpReward, ImplicitReward, JudgeReward, RewardConfig, RuleReward
 from rc_ray.core.ids import Message
 
 # Rewards are stored in single precision; a larger number would become an infinity.
@@ -65,6 +65,10 @@ def build_reward(config: RewardConfig, on_gpu: bool, num_threads: int) -> Reward
         from rc_ray.rewards.judge import JudgeRewardModel
 
         return JudgeRewardModel(config)
+    if isinstance(config, ImplicitReward):
+        from rc_ray.rewards.implicit import ImplicitRewardModel
+
+        return ImplicitRewardModel(config, on_gpu=on_gpu, num_threads=num_threads)
     assert isinstance(config, ClassifierReward)
     from rc_ray.rewards.classifier import ClassifierRewardModel
 

@@ -1,7 +1,7 @@
 """Rewards from a Hugging Face sequence classifier, run with plain transformers.
 
-Answers are sorted by length and batched under a budget of padded tokens, which is halved when memory runs out and grows back. Invariant:
-the score of an answer does not depend on its batch beyond rounding, and a text longer than the model's limit has no score; it is never cut.
+Invariant: the score of an answer does not depend on its batch beyond rounding, and a text longer than the model's limit has no score; it is
+never cut.
 """
 
 from __future__ import annotations
@@ -14,15 +14,9 @@ from rc_ray.errors import ModelError
 from rc_ray.generation.hardware import choose_dtype
 from rc_ray.models.resolve import local_model
 from rc_ray.rewards.base import Score
+from rc_ray.rewards.batches import TokenBatches, length_limit
 from rc_ray.rewards.encoding import encode
 from rc_ray.rewards.self_test import self_test
-
-
-def length_limit(tokenizer: Any, model_config: Any) -> int | None:
-    """Longest input in tokens: the model's positions and the tokenizer's own limit, whichever is smaller; None if neither."""
-    limits = [getattr(model_config, "max_position_embeddings", None), tokenizer.model_max_length]
-    known = [int(limit) for limit in limits if limit and limit < 1_000_000]
-    return min(known) if known else None
 
 
 class ClassifierRewardModel:
@@ -47,9 +41,8 @@ class ClassifierRewardModel:
         self._label = self._index_of(config)
         self._log_odds = config.label is not None and config.label_score != "logit"
         self.model.to(self._device).eval()
-        self._max_batch_tokens = self._batch_tokens = config.max_batch_tokens
-        limits = [limit for limit in (config.max_length, length_limit(self.tokenizer, self.model.config)) if limit]
-        self._limit = min(limits) if limits else None
+        limit = length_limit(self.tokenizer, self.model.config, config.max_length)
+        self._batches = TokenBatches(config.max_batch_tokens, limit)
         if self.tokenizer.pad_token_id is None:
             # Padding is masked in attention, but a model that takes the last token finds it as the last one that is no padding, so the token
             # must not be one that ends a text.
@@ -66,33 +59,9 @@ class ClassifierRewardModel:
     def score(self, prompts: list[list[Message]], answers: list[str]) -> list[Score]:
         """See `Reward.score`."""
         encoded = [encode(self.tokenizer, p, a) for p, a in zip(prompts, answers, strict=True)]
-        lengths = [len(e["input_ids"]) for e in encoded]
-        scores: list[Score] = [Score(None)] * len(answers)
-        fitting = []
-        for i, length in enumerate(lengths):
-            if self._limit is not None and length > self._limit:
-                scores[i] = Score(None, f"{length} tokens exceed the reward model's limit of {self._limit}")
-            else:
-                fitting.append(i)
-        fitting.sort(key=lambda i: lengths[i])
-        start, ordered = 0, [lengths[i] for i in fitting]
-        while start < len(fitting):
-            batch = fitting[start : start + self._batch_size(ordered, start)]
-            try:
-                values = self._forward([encoded[i] for i in batch])
-            except self._torch.OutOfMemoryError:
-                if self._device == "cuda":
-                    self._torch.cuda.empty_cache()
-                if len(batch) > 1:
-                    self._batch_tokens = len(batch) * lengths[batch[-1]] // 2
-                    continue
-                scores[batch[0]] = Score(None, f"out of memory for {lengths[batch[0]]} tokens by themselves")
-            else:
-                self._batch_tokens = min(self._max_batch_tokens, self._batch_tokens + 1 + self._batch_tokens // 4)
-                for i, value in zip(batch, values, strict=True):
-                    scores[i] = Score.checked(value)
-            start += len(batch)
-        return scores
+        return self._batches.score(
+            [len(e["input_ids"]) for e in encoded], lambda batch: self._forward([encoded[i] for i in batch])
+        )
 
     def _forward(self, encoded: list[dict[str, list[int]]]) -> list[float]:
         """The scores of one batch."""
@@ -104,13 +73,6 @@ class ClassifierRewardModel:
                 others = [i for i in range(logits.shape[1]) if i != self._label]
                 values = values - logits[:, others].logsumexp(dim=1)
         return list(values.cpu().tolist())
-
-    def _batch_size(self, lengths: list[int], start: int) -> int:
-        """How many texts from `start` on, the shortest first, make a batch of at most `_batch_tokens` padded tokens; at least one."""
-        size = 1
-        while start + size < len(lengths) and lengths[start + size] * (size + 1) <= self._batch_tokens:
-            size += 1
-        return size
 
     def _index_of(self, config: ClassifierReward) -> int:
         """Index of the logit that is the reward.

@@ -16,7 +16,8 @@ from rc_ray.core.ids import Message
 from rc_ray.errors import ConfigError, ModelError
 from rc_ray.models.resolve import check_model
 from rc_ray.rewards.base import Score, build_reward
-from rc_ray.rewards.classifier import ClassifierRewardModel, length_limit
+from rc_ray.rewards.batches import TokenBatches, length_limit
+from rc_ray.rewards.classifier import ClassifierRewardModel
 from rc_ray.rewards.encoding import encode
 from rc_ray.rewards.rule import RuleRewardFunction, load_function
 from rc_ray.rewards.rules import length_near, matches
@@ -227,12 +228,13 @@ def test_the_limit_of_the_model_holds_when_none_is_set(model: ClassifierRewardMo
 
 def split(lengths: list[int], budget: int) -> list[list[int]]:
     """The batches of texts of these lengths, the shortest first."""
-    reward = ClassifierRewardModel.__new__(ClassifierRewardModel)
-    reward._batch_tokens = budget
-    batches, start = [], 0
-    while start < len(lengths):
-        batches.append(lengths[start : start + reward._batch_size(lengths, start)])
-        start += len(batches[-1])
+    batches: list[list[int]] = []
+
+    def forward(batch: list[int]) -> list[float]:
+        batches.append([lengths[i] for i in batch])
+        return [0.0] * len(batch)
+
+    TokenBatches(budget, None).score(lengths, forward)
     return batches
 
 
@@ -279,7 +281,7 @@ def test_memory_that_runs_out_makes_smaller_batches_which_grow_again(
     room[0], sizes[:] = 10**9, []
     assert values(model, ANSWERS * 3) == pytest.approx(expected * 3, abs=1e-5)
     assert max(sizes) >= roomy
-    assert model._batch_tokens == model._max_batch_tokens
+    assert model._batches._tokens == model._batches._max_tokens
 
 
 def two_labels(tmp_path: Path, **options: Any) -> ClassifierRewardModel:

@@ -1,0 +1,75 @@
+"""Texts of different lengths through a model: sorted by length, in batches under a budget of padded tokens.
+
+The budget is halved when memory runs out and grows back. Invariant: every text gets one score; one that is longer than the model's limit,
+or does not fit into memory by itself, has none, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rc_ray.rewards.base import Score
+
+
+def length_limit(tokenizer: Any, model_config: Any, max_length: int | None = None) -> int | None:
+    """Longest input in tokens: the model's positions, the tokenizer's own limit and the given one, whichever is smallest; None if
+    there is none."""
+    limits = [getattr(model_config, "max_position_embeddings", None), tokenizer.model_max_length, max_length]
+    known = [int(limit) for limit in limits if limit and limit < 1_000_000]
+    return min(known) if known else None
+
+
+class TokenBatches:
+    """The budget of one model.
+
+    Args:
+        max_tokens: padded tokens of a batch; a longer text is a batch of its own.
+        limit: longest text in tokens, or None.
+    """
+
+    def __init__(self, max_tokens: int, limit: int | None) -> None:
+        self._max_tokens, self._tokens, self._limit = max_tokens, max_tokens, limit
+
+    def score(self, lengths: list[int], forward: Callable[[list[int]], list[float]]) -> list[Score]:
+        """The scores of texts.
+
+        Args:
+            lengths: of the texts, in tokens.
+            forward: the values of the texts with these indices; it may raise `torch.OutOfMemoryError`.
+        """
+        import torch
+
+        scores: list[Score] = [Score(None)] * len(lengths)
+        fitting = []
+        for i, length in enumerate(lengths):
+            if self._limit is not None and length > self._limit:
+                scores[i] = Score(None, f"{length} tokens exceed the reward model's limit of {self._limit}")
+            else:
+                fitting.append(i)
+        fitting.sort(key=lambda i: lengths[i])
+        start, ordered = 0, [lengths[i] for i in fitting]
+        while start < len(fitting):
+            batch = fitting[start : start + self._size(ordered, start)]
+            try:
+                values = forward(batch)
+            except torch.OutOfMemoryError:
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                if len(batch) > 1:
+                    self._tokens = len(batch) * lengths[batch[-1]] // 2
+                    continue
+                scores[batch[0]] = Score(None, f"out of memory for {lengths[batch[0]]} tokens by themselves")
+            else:
+                self._tokens = min(self._max_tokens, self._tokens + 1 + self._tokens // 4)
+                for i, value in zip(batch, values, strict=True):
+                    scores[i] = Score.checked(value)
+            start += len(batch)
+        return scores
+
+    def _size(self, lengths: list[int], start: int) -> int:
+        """How many texts from `start` on, the shortest first, make a batch; at least one."""
+        size = 1
+        while start + size < len(lengths) and lengths[start + size] * (size + 1) <= self._tokens:
+            size += 1
+        return size
