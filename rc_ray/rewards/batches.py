@@ -1,7 +1,7 @@
 """Texts of different lengths through a model: sorted by length, in batches under a budget of padded tokens.
 
-The budget is halved when memory runs out and grows back. Invariant: every text gets one score; one that is longer than the model's limit,
-or does not fit into memory by itself, has none, with the reason.
+Where lengths differ, a batch ends before a tenth of it is padding. The budget is halved when memory runs out and grows back. Invariant:
+every text gets one score; one that is longer than the model's limit, or does not fit into memory by itself, has none, with the reason.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 from rc_ray.rewards.base import Score
+
+# A batch is also ended by padding: a smaller one is as fast per token, as long as there are some tokens in it.
+MAX_PADDING, FEW_TOKENS = 0.1, 1024
 
 
 def length_limit(tokenizer: Any, model_config: Any, max_length: int | None = None) -> int | None:
@@ -69,7 +72,10 @@ class TokenBatches:
 
     def _size(self, lengths: list[int], start: int) -> int:
         """How many texts from `start` on, the shortest first, make a batch; at least one."""
-        size = 1
-        while start + size < len(lengths) and lengths[start + size] * (size + 1) <= self._tokens:
+        size, real = 1, lengths[start]
+        while start + size < len(lengths):
+            padded, real = lengths[start + size] * (size + 1), real + lengths[start + size]
+            if padded > self._tokens or (padded > FEW_TOKENS and padded - real > MAX_PADDING * padded):
+                break
             size += 1
         return size

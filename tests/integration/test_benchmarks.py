@@ -20,6 +20,15 @@ def test_the_selection_benchmark_finds_equal_results(tmp_path: Path) -> None:
     assert len((tmp_path / "selection_cost.csv").read_text().splitlines()) == 1 + 3 * 16
 
 
+def test_the_reward_benchmark_finds_equal_rewards(tmp_path: Path) -> None:
+    command = [sys.executable, "tests/benchmarks/bench_rewards.py", "--quick", "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    numbers = json.loads((tmp_path / "bench_rewards.json").read_text())
+    assert len(numbers["bars"]) == 2 * 3 * 4
+    assert all(met for text, met in numbers["bars"].items() if "rewards equal those row by row" in text)
+
+
 def test_the_sampling_benchmark_runs_on_small_data(shared_data: Path, tmp_path: Path) -> None:
     command = [sys.executable, "tests/benchmarks/bench_sampling.py", "--quick", "--output", str(tmp_path)]
     parts = ["--only", "overhead", "volume", "ledger", "adaptive"]

@@ -252,6 +252,17 @@ def test_batches_are_filled() -> None:
     assert split([10, 10, 25, 25, 90], 100) == [[10, 10, 25, 25], [90]]
 
 
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=200))
+def test_little_of_a_batch_is_padding(lengths: list[int]) -> None:
+    batches = split(lengths, 8192)
+    for batch, after in zip(batches, [*batches[1:], []], strict=True):
+        padded = max(batch) * len(batch)
+        assert padded <= 1024 or padded - sum(batch) <= 0.1 * padded
+        if after:  # with one more, it would be too much
+            longer = after[0] * (len(batch) + 1)
+            assert longer > 8192 or (longer > 1024 and longer - sum(batch) - after[0] > 0.1 * longer)
+
+
 def test_memory_that_runs_out_makes_smaller_batches_which_grow_again(
     model: ClassifierRewardModel, expected: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,196 @@
+"""Speed and exactness of classifier rewards, against what peers do and against an ideal bound.
+
+    python tests/benchmarks/bench_rewards.py [--quick] [--output DIR] [--rounds N]
+
+Eight answers to each prompt, of short, mixed and long lengths, scored by MiniLM with a random head and by a tiny Llama classifier, in float32
+on all cores. Competitors take turns in one process; a ratio is of one round, and printed are the median and, in brackets, the lowest
+and highest.
+
+rc_ray        answers sorted by length, batches under a budget of padded tokens, tokenizing included.
+row by row    the `text-classification` pipeline of transformers, one text after the other.
+arrival       batches of 32 in the order of arrival, padded to the longest, as peers do.
+ideal         a bound: as many tokens in texts of one length, so that nothing is padded, ready as token ids; the network alone.
+
+Exit status 1 when a bar is missed; with --quick, which runs everything on small data, only when rewards differ from the row-by-row ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench_sampling import classifier
+from common import ROOT, Results, machine, options_of, ratios, spread
+
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tokens of an answer, from and to.
+LENGTHS = {"short": (4, 24), "mixed": (4, 200), "long": (150, 200)}
+WORDS = [
+    "the",
+    "of",
+    "and",
+    "to",
+    "in",
+    "is",
+    "you",
+    "that",
+    "it",
+    "he",
+    "was",
+    "for",
+    "on",
+    "are",
+    "as",
+    "with",
+    "his",
+    "they",
+    "at",
+    "be",
+    "this",
+    "have",
+    "from",
+    "or",
+    "one",
+    "had",
+    "by",
+    "word",
+    "but",
+    "not",
+    "what",
+]
+PROMPT = [{"role": "user", "content": "Please say something about words, and take your time."}]
+Ask = Callable[[], list[float]]
+
+
+def answers_of(tokenizer: Any, lengths: tuple[int, int], number: int) -> list[str]:
+    """Random words, of about as many tokens as asked for."""
+    draw = random.Random(0)
+    sample = " ".join(WORDS)
+    per_word = len(tokenizer(sample, add_special_tokens=False)["input_ids"]) / len(WORDS)
+    return [" ".join(draw.choices(WORDS, k=max(1, round(draw.randint(*lengths) / per_word)))) for _ in range(number)]
+
+
+def competitors(model: Any, answers: list[str]) -> dict[str, Ask]:
+    import torch
+    from transformers import pipeline
+
+    from rc_ray.rewards.encoding import encode
+
+    tokenizer, network = model.tokenizer, model.model
+    prompts = [PROMPT] * len(answers)
+
+    def forward(inputs: dict[str, Any]) -> list[float]:
+        with torch.inference_mode():
+            return list(network(**inputs).logits[:, 0].tolist())
+
+    def ours() -> list[float]:
+        return [score.value for score in model.score(prompts, answers)]
+
+    if tokenizer.chat_template:
+        conversations = [[*PROMPT, {"role": "assistant", "content": answer}] for answer in answers]
+        texts: list[Any] = tokenizer.apply_chat_template(conversations, tokenize=False)
+    else:
+        texts = [{"text": PROMPT[0]["content"], "text_pair": answer} for answer in answers]
+    # The template has written all special tokens already.
+    options = {"function_to_apply": "none", "add_special_tokens": not tokenizer.chat_template}
+    classify = pipeline("text-classification", model=network, tokenizer=tokenizer)
+
+    def row_by_row() -> list[float]:
+        return [found["score"] for found in classify(texts, batch_size=1, **options)]
+
+    def arrival() -> list[float]:
+        found = []
+        for start in range(0, len(answers), 32):
+            batch = [encode(tokenizer, PROMPT, answer) for answer in answers[start : start + 32]]
+            found += forward(tokenizer.pad(batch, return_tensors="pt"))
+        return found
+
+    lengths = [len(encode(tokenizer, PROMPT, answer)["input_ids"]) for answer in answers]
+    one = round(statistics.mean(lengths))
+    size = max(1, model._batches._max_tokens // one)
+    ids = torch.randint(10, len(tokenizer), (len(answers), one), generator=torch.Generator().manual_seed(0))
+
+    def ideal() -> list[float]:
+        return [v for batch in ids.split(size) for v in forward({"input_ids": batch, "attention_mask": torch.ones_like(batch)})]
+
+    return {"rc_ray": ours, "row by row": row_by_row, "arrival": arrival, "ideal": ideal}
+
+
+def padding(model: Any, answers: list[str]) -> tuple[float, float]:
+    """Share of padded tokens that are padding: here, and in batches of 32 in the order of arrival."""
+    from rc_ray.rewards.encoding import encode
+
+    forward, batches = model._forward, []
+
+    def counted(encoded: list[dict[str, list[int]]]) -> list[float]:
+        batches.append([len(each["input_ids"]) for each in encoded])
+        return list(forward(encoded))
+
+    model._forward = counted
+    model.score([PROMPT] * len(answers), answers)
+    model._forward = forward
+    lengths = [len(encode(model.tokenizer, PROMPT, answer)["input_ids"]) for answer in answers]
+    arrival = [lengths[start : start + 32] for start in range(0, len(lengths), 32)]
+    ours, theirs = (1 - sum(lengths) / sum(len(b) * max(b) for b in each) for each in (batches, arrival))
+    return ours, theirs
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, help="how often competitors take turns; default: 3, with --quick 1")
+    options, output = options_of(__doc__, parser)
+    results = Results(options.quick)
+    rounds = options.rounds or (1 if options.quick else 3)
+    results.numbers["machine"] = machine()
+    print(json.dumps(results.numbers["machine"]), flush=True)
+    from rc_ray.config import ClassifierReward
+    from rc_ray.rewards.classifier import ClassifierRewardModel
+    from tests.conftest import make_llama
+
+    wrong = []
+    with tempfile.TemporaryDirectory() as folder:
+        models = {"MiniLM": classifier(Path(folder), 0), "tiny Llama": make_llama(Path(folder) / "llama", seed=0, labels=1)}
+        for name, path in models.items():
+            config = ClassifierReward(kind="classifier", model=str(path), dtype="float32")
+            model = ClassifierRewardModel(config, on_gpu=False, num_threads=os.cpu_count() or 1)
+            for case, lengths in LENGTHS.items():
+                answers = answers_of(model.tokenizer, lengths, 48 if options.quick else 512)
+                seconds: dict[str, list[float]] = {}
+                rewards: dict[str, list[float]] = {}
+                asked = competitors(model, answers)
+                for number in range(rounds + 1):  # the first one warms up
+                    for who, ask in asked.items():
+                        start = time.perf_counter()
+                        rewards[who] = ask()
+                        if number:
+                            seconds.setdefault(who, []).append(time.perf_counter() - start)
+                results.numbers[f"{name}, {case}"] = seconds
+                ours, theirs = padding(model, answers)
+                print(f"\n{name}, {case} answers: {len(answers)}; padding {ours:.1%}, in the order of arrival {theirs:.1%}")
+                worst = max(abs(a - b) for a, b in zip(rewards["rc_ray"], rewards["row by row"], strict=True))
+                results.bar(worst <= 1e-4, f"{name}, {case}: rewards equal those row by row to 1e-4: {worst:.1e}")
+                wrong += [case] if worst > 1e-4 else []
+                against = {who: ratios(values, seconds["rc_ray"]) for who, values in seconds.items()}
+                results.bar(
+                    statistics.median(against["ideal"]) >= 0.9,
+                    f"{name}, {case}: >= 0.9 of the ideal bound: {spread(against['ideal'])}",
+                )
+                for who in ("row by row", "arrival"):
+                    results.bar(
+                        statistics.median(against[who]) > 1, f"{name}, {case}: faster than {who}: {spread(against[who])}"
+                    )
+    return results.finish("bench_rewards", output) or int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
