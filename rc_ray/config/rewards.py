@@ -90,8 +90,11 @@ class ImplicitReward(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`auto`: bfloat16 on GPUs, float32 on CPUs."""
 
-    trust_remote_code: bool = False
-    """Run Python code from the two models' repositories. Off unless you trust them."""
+    policy_trust_remote_code: bool = False
+    """Run Python code from the policy's repository. Off unless you trust this one model."""
+
+    reference_trust_remote_code: bool = False
+    """Run Python code from the reference's repository. Off unless you trust this one model."""
 
     pool: PoolConfig = deployment(PoolConfig())
     """This objective's actor pool."""

@@ -28,7 +28,12 @@ class ImplicitRewardModel:
         if not on_gpu:
             torch.set_num_threads(num_threads)
         self._beta = config.beta
-        self._models = {side: LanguageModel(*named, config, on_gpu) for side, named in config.models().items()}
+        self._models = {
+            "policy": LanguageModel(config.policy, config.policy_revision, config.policy_trust_remote_code, config, on_gpu),
+            "reference": LanguageModel(
+                config.reference, config.reference_revision, config.reference_trust_remote_code, config, on_gpu
+            ),
+        }
 
     def score(self, prompts: list[list[Message]], answers: list[str]) -> list[Score]:
         """See `Reward.score`."""
@@ -51,7 +56,7 @@ class LanguageModel:
         ModelError: it has no chat template.
     """
 
-    def __init__(self, name: str, revision: str | None, config: ImplicitReward, on_gpu: bool) -> None:
+    def __init__(self, name: str, revision: str | None, trust_remote_code: bool, config: ImplicitReward, on_gpu: bool) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -60,7 +65,7 @@ class LanguageModel:
         path = local_model(name)
         # As for classifiers: bfloat16 on CPUs would make a reward depend on its batch.
         dtype = "float32" if config.dtype == "auto" and not on_gpu else choose_dtype(config.dtype, on_gpu)[0]
-        options: dict[str, Any] = {"revision": revision, "trust_remote_code": config.trust_remote_code}
+        options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         self._tokenizer = AutoTokenizer.from_pretrained(path, **options)
         if not self._tokenizer.chat_template:
             raise ModelError(
