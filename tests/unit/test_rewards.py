@@ -295,6 +295,20 @@ def test_memory_that_runs_out_makes_smaller_batches_which_grow_again(
     assert model._batches._tokens == model._batches._max_tokens
 
 
+def test_a_reward_that_is_no_number_is_missing_for_its_row_alone(
+    model: ClassifierRewardModel, expected: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, odd = model._forward, encode(model.tokenizer, PROMPT, ANSWERS[3])
+
+    def with_nan(encoded: list[dict[str, list[int]]]) -> list[float]:
+        return [math.nan if e == odd else value for e, value in zip(encoded, forward(encoded), strict=True)]
+
+    monkeypatch.setattr(model, "_forward", with_nan)
+    scores = model.score([PROMPT] * len(ANSWERS), ANSWERS)
+    assert scores[3] == Score(None, "score is nan")
+    assert [s.value for i, s in enumerate(scores) if i != 3] == pytest.approx(expected[:3] + expected[4:], abs=1e-5)
+
+
 def two_labels(tmp_path: Path, **options: Any) -> ClassifierRewardModel:
     folder = tmp_path / "two"
     if not folder.exists():
