@@ -432,11 +432,13 @@ def part_volume(results: Results, folder: Path, output: Path, rounds: int) -> No
             large <= 1.2 * small, f"{what} memory within 1.2 x: {large / small:.2f} ({small:,.0f} and {large:,.0f} MiB)"
         )
     plot(found, sizes, configs, output / "sampling_volume.png")
-    ledger = Path(configs[-1]["output"]) / "ledger"
-    for stage in ("sample", "score", "select"):
-        records = sorted(file for file in (ledger / stage).iterdir() if file.name.startswith("chunk-"))
-        for file in records[len(records) // 2 :]:
-            file.unlink()
+    run = Path(configs[-1]["output"])
+    chunks = sorted(file.stem for file in (run / "ledger" / "sample").glob("chunk-*.json"))
+    for chunk in chunks[len(chunks) // 2 :]:
+        for stage in ("sample", "score", "select"):
+            (run / "ledger" / stage / f"{chunk}.json").unlink()
+        for kind in ("candidates", "pairs", "drops"):
+            (run / kind / f"{chunk}.parquet").unlink()
     # Ended by a budget soon after it has begun; it need not do the other half.
     tokens = found[-1]["tokens"] // 2 + found[-1]["tokens"] // 20
     again = ask("pipeline", {"config": {**configs[-1], "budget": {"max_generated_tokens": tokens}}, "replay": True})
