@@ -164,7 +164,7 @@ def main() -> int:
             config = ClassifierReward(kind="classifier", model=str(path), dtype="float32")
             model = ClassifierRewardModel(config, on_gpu=False, num_threads=os.cpu_count() or 1)
             for case, lengths in LENGTHS.items():
-                answers = answers_of(model.tokenizer, lengths, 48 if options.quick else 512)
+                answers = answers_of(model.tokenizer, lengths, 48 if options.quick else 256)
                 seconds: dict[str, list[float]] = {}
                 rewards: dict[str, list[float]] = {}
                 asked = competitors(model, answers)
