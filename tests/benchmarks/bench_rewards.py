@@ -16,8 +16,6 @@ Exit status 1 when a bar is missed; with --quick, which runs everything on small
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import random
 import statistics
@@ -29,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_sampling import classifier
-from common import ROOT, Results, machine, options_of, ratios, spread
+from common import ROOT, begin_rounds, ratios, spread
 
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -146,13 +144,7 @@ def padding(model: Any, answers: list[str]) -> tuple[float, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, help="how often competitors take turns; default: 3, with --quick 1")
-    options, output = options_of(__doc__, parser)
-    results = Results(options.quick)
-    rounds = options.rounds or (1 if options.quick else 3)
-    results.numbers["machine"] = machine()
-    print(json.dumps(results.numbers["machine"]), flush=True)
+    options, output, results, rounds = begin_rounds(__doc__)
     from rc_ray.config import ClassifierReward
     from rc_ray.rewards.classifier import ClassifierRewardModel
     from tests.conftest import make_llama

@@ -40,7 +40,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import ALPACA, MIB, ROOT, Results, machine, options_of, ratios, spread
+from common import ALPACA, MIB, ROOT, Results, begin_rounds, ratios, spread
 
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -544,12 +544,7 @@ def main() -> int:
         return 0
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run; default: all")
-    parser.add_argument("--rounds", type=int, help="how often competitors take turns; default: 3, with --quick 1")
-    options, output = options_of(__doc__, parser)
-    results = Results(options.quick)
-    rounds = options.rounds or (1 if options.quick else 3)
-    results.numbers["machine"] = machine()
-    print(json.dumps(results.numbers["machine"]), flush=True)
+    options, output, results, rounds = begin_rounds(__doc__, parser)
     parts = {
         "engine": part_engine,
         "overhead": part_overhead,

@@ -69,3 +69,16 @@ def options_of(doc: str | None, parser: argparse.ArgumentParser | None = None) -
     if options.quick:
         print("--quick: small data; PASS and FAIL are printed, but only wrong results count")
     return options, output
+
+
+def begin_rounds(
+    doc: str | None, parser: argparse.ArgumentParser | None = None
+) -> tuple[argparse.Namespace, Path, Results, int]:
+    """Options, output, results that begin with the machine, and the number of rounds of a benchmark whose competitors take turns."""
+    parser = parser or argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, help="how often competitors take turns; default: 3, with --quick 1")
+    options, output = options_of(doc, parser)
+    results = Results(options.quick)
+    results.numbers["machine"] = machine()
+    print(json.dumps(results.numbers["machine"]), flush=True)
+    return options, output, results, options.rounds or (1 if options.quick else 3)
