@@ -49,3 +49,8 @@ def wilson_interval(successes: float, count: int, z: float = 1.959964) -> tuple[
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
     return centre - half, centre + half
+
+
+def proportion(successes: int, count: int) -> Interval:
+    """A share with its 95 % Wilson interval."""
+    return Interval(successes / count, *wilson_interval(successes, count))

@@ -28,8 +28,9 @@ from rc_ray.core.calibration import (
     reliability,
 )
 from rc_ray.core.ids import Message, prompt_id
-from rc_ray.core.statistics import Interval, wilson_interval
+from rc_ray.core.statistics import Interval, proportion
 from rc_ray.errors import DataError
+from rc_ray.evaluation.compare import aligned, cell
 
 LABEL = "label"
 BINS = (5, 10, 20)
@@ -131,11 +132,11 @@ class CalibrationReport:
             ten = t.reliability[1]
             scaled = "" if t.ece_scaled is None else f" -> {t.ece_scaled:.3f}"
             rows.append((
-                name, str(t.num_pairs), _share(t.accuracy), f"{t.length_accuracy:.3f}", *(f"{r.ece:.3f}" for r in t.reliability),
+                name, str(t.num_pairs), cell(t.accuracy), f"{t.length_accuracy:.3f}", *(f"{r.ece:.3f}" for r in t.reliability),
                 f"{ten.ace:.3f}", f"{ten.mce:.3f}", "none" if t.temperature is None else f"{t.temperature:.3g}",
                 f"{t.ece_held_out:.3f}{scaled}",
             ))  # fmt: skip
-        shown = _table(rows)
+        shown = aligned(rows)
         for name, t in self.trust.items():
             missing = f"; {t.num_missing} pairs without a reward left out" if t.num_missing else ""
             shown.append(f"{name}: {t.verdict}{missing}")
@@ -155,19 +156,8 @@ class CalibrationReport:
 def _precision_lines(title: str, found: dict[str, Precision]) -> list[str]:
     return [
         f"RC pairs, {title}: {p.num_kept} of {p.num_pairs} held-out pairs labelled for {name}"
-        + (f", {_share(p.precision)} of them as labelled" if p.precision else "")
+        + (f", {cell(p.precision)} of them as labelled" if p.precision else "")
         for name, p in found.items()
-    ]
-
-
-def _share(interval: Interval) -> str:
-    return f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]) for row in rows
     ]
 
 
@@ -234,7 +224,7 @@ def _trust(name: str, differences: Floats, fits: Any, longer: Floats) -> Trust:
     return Trust(
         num_pairs=d.size,
         num_missing=int((~there).sum()),
-        accuracy=Interval(right / d.size, *wilson_interval(right, d.size)),
+        accuracy=proportion(right, d.size),
         length_accuracy=float(longer[there].mean()),
         reliability=[reliability(d, bins) for bins in BINS],
         temperature=temperature,
@@ -259,7 +249,7 @@ def _precision(held_out: dict[str, Floats], margins: Margins) -> dict[str, Preci
     for name, d in held_out.items():
         said = directions(d, np.asarray(margins.margins))
         kept, right = int(np.count_nonzero(said)), int((said == 1).sum())
-        interval = Interval(right / kept, *wilson_interval(right, kept)) if kept else None
+        interval = proportion(right, kept) if kept else None
         found[name] = Precision(len(d), kept, interval)
     return found
 

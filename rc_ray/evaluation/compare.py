@@ -6,6 +6,7 @@ Invariant: only prompts that both policies answered with a full set of rewards a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -48,12 +49,8 @@ class Comparison:
         """A table, one line per objective."""
         rows = [("objective", "before", "after", "difference", "win rate")]
         for name, c in self.objectives.items():
-            rows.append((name, _cell(c.before), _cell(c.after), _cell(c.difference, "+"), _cell(c.win_rate)))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        shown = [
-            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-            for row in rows
-        ]
+            rows.append((name, cell(c.before), cell(c.after), cell(c.difference, "+"), cell(c.win_rate)))
+        shown = aligned(rows)
         left_out = f", {self.num_left_out} left out" if self.num_left_out else ""
         shown.append(
             f"{self.num_prompts} held-out prompts{left_out}, {self.confidence:.0%} paired bootstrap intervals, mean answer "
@@ -62,7 +59,16 @@ class Comparison:
         return shown
 
 
-def _cell(interval: Interval, sign: str = "") -> str:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table as lines: the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]) for row in rows
+    ]
+
+
+def cell(interval: Interval, sign: str = "") -> str:
+    """`0.431 [0.199, 0.662]`."""
     return f"{interval.mean:{sign}.3f} [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"
 
 

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 # The part of its share of a GPU's memory that an engine takes; the rest is for CUDA itself. vLLM takes about as much of a whole GPU.
@@ -37,7 +38,7 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def cpu_engine_environment(num_engines: int, eager: bool = True) -> tuple[dict[str, str], str]:
+def cpu_engine_environment(num_engines: int, given: Mapping[str, Any] = MappingProxyType({})) -> tuple[dict[str, str], str]:
     """(environment, reason) for a vLLM engine on a CPU host that `num_engines` engines may share.
 
     The defaults of vLLM bind each thread to one core and leave a core to the serving process, which costs a third of the
@@ -45,7 +46,8 @@ def cpu_engine_environment(num_engines: int, eager: bool = True) -> tuple[dict[s
 
     Args:
         num_engines: on the host.
-        eager: whether the model is not to be compiled. Then nothing is: vLLM would still compile the function that ranks log-probs.
+        given: the user's engine arguments. Unless they ask for compilation nothing is compiled: vLLM would still compile the function
+            that ranks log-probs.
     """
     threads = max(1, num_cores() // num_engines)
     return (
@@ -55,7 +57,7 @@ def cpu_engine_environment(num_engines: int, eager: bool = True) -> tuple[dict[s
             "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
             "OMP_NUM_THREADS": str(threads),
         }
-        | ({"TORCHDYNAMO_DISABLE": "1"} if eager else {}),
+        | ({"TORCHDYNAMO_DISABLE": "1"} if given.get("enforce_eager", True) else {}),
         f"{num_cores()} cores for {num_engines} engine(s); threads bound by vLLM leave a core unused, 65 instead of 107 tok/s on two cores; the "
         "engine inside the actor is 1.2 times as fast there; compiling takes seconds at the start and gains nothing; KV cache in GiB, set the "
         "variable for another",

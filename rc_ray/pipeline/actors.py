@@ -70,8 +70,7 @@ class GenerateGroups:
         from rc_ray.generation.hardware import choose_dtype, cpu_engine_environment
 
         if not on_gpu:
-            eager = bool(policy.generation.engine.get("enforce_eager", True))
-            os.environ.update(cpu_engine_environment(engines_per_host, eager)[0])
+            os.environ.update(cpu_engine_environment(engines_per_host, policy.generation.engine)[0])
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         from rc_ray.generation.engine import SamplingEngine
         from rc_ray.generation.render import PromptRenderer

@@ -211,8 +211,7 @@ def _settings(config: Config, pool: Pool, engines_per_host: int, across_nodes: b
     where = "" if on_gpu else "; on hosts like this one"
     chosen = [f"dtype={dtype}  ({why}{where})"]
     if not on_gpu:
-        eager = bool(generation.engine.get("enforce_eager", True))
-        environment, why = cpu_engine_environment(engines_per_host, eager)
+        environment, why = cpu_engine_environment(engines_per_host, generation.engine)
         chosen.append(f"{' '.join(f'{name}={value}' for name, value in environment.items())}  ({why}{where})")
     choices = engine_choices(generation.engine, generation.max_model_len, on_gpu, pool.num_gpus, across_nodes)
     return chosen + [f"{name}={value}  ({why})" for name, (value, why) in choices.items()]

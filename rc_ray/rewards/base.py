@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from rc_ray.config import ClassifierReward, HttpReward, ImplicitReward, JudgeReward, RewardConfig, RuleReward
 from rc_ray.core.ids import Message
+from rc_ray.generation.hardware import choose_dtype
 
 # Rewards are stored in single precision; a larger number would become an infinity.
 MAX_FLOAT32 = 3.4028234663852886e38
@@ -37,6 +38,11 @@ class Score:
         if not abs(number) <= MAX_FLOAT32:
             return cls(None, f"score is {number}")
         return cls(number)
+
+
+def reward_dtype(requested: str, on_gpu: bool) -> str:
+    """The dtype of a reward's network. Not bfloat16 on CPUs that have it: it rounds so coarsely that a reward would depend on its batch."""
+    return "float32" if requested == "auto" and not on_gpu else choose_dtype(requested, on_gpu)[0]
 
 
 class Reward(Protocol):

@@ -11,9 +11,8 @@ from typing import Any
 from rc_ray.config import ClassifierReward
 from rc_ray.core.ids import Message
 from rc_ray.errors import ModelError
-from rc_ray.generation.hardware import choose_dtype
 from rc_ray.models.resolve import local_model
-from rc_ray.rewards.base import Score
+from rc_ray.rewards.base import Score, reward_dtype
 from rc_ray.rewards.batches import TokenBatches, length_limit
 from rc_ray.rewards.encoding import encode
 from rc_ray.rewards.self_test import self_test
@@ -31,12 +30,10 @@ class ClassifierRewardModel:
         self._torch = torch
         self._device = "cuda" if on_gpu else "cpu"
         path = local_model(config.model)
-        # Not bfloat16 on CPUs that have it: it rounds so coarsely that a reward would depend on the batch it is in.
-        dtype = "float32" if config.dtype == "auto" and not on_gpu else choose_dtype(config.dtype, on_gpu)[0]
         options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
         self.tokenizer = AutoTokenizer.from_pretrained(path, **options)
         self.model = AutoModelForSequenceClassification.from_pretrained(
-            path, dtype=getattr(torch, dtype), use_safetensors=True, **options
+            path, dtype=getattr(torch, reward_dtype(config.dtype, on_gpu)), use_safetensors=True, **options
         )
         self._label = self._index_of(config)
         self._log_odds = config.label is not None and config.label_score != "logit"

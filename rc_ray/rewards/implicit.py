@@ -13,9 +13,8 @@ from typing import Any
 from rc_ray.config import ImplicitReward
 from rc_ray.core.ids import Message
 from rc_ray.errors import ModelError
-from rc_ray.generation.hardware import choose_dtype
 from rc_ray.models.resolve import local_model
-from rc_ray.rewards.base import Score
+from rc_ray.rewards.base import Score, reward_dtype
 from rc_ray.rewards.batches import TokenBatches, length_limit
 
 
@@ -63,15 +62,14 @@ class LanguageModel:
         self._torch = torch
         self._device = "cuda" if on_gpu else "cpu"
         path = local_model(name)
-        # As for classifiers: bfloat16 on CPUs would make a reward depend on its batch.
-        dtype = "float32" if config.dtype == "auto" and not on_gpu else choose_dtype(config.dtype, on_gpu)[0]
+        dtype = getattr(torch, reward_dtype(config.dtype, on_gpu))
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         self._tokenizer = AutoTokenizer.from_pretrained(path, **options)
         if not self._tokenizer.chat_template:
             raise ModelError(
                 f"model {name!r} has no chat template, so there is no telling how it reads an answer; save one with its tokenizer"
             )
-        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), use_safetensors=True, **options)
+        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
         self._model.to(self._device).eval()
         limit = length_limit(self._tokenizer, self._model.config, config.max_length)
         self._batches = TokenBatches(config.max_batch_tokens, limit)
