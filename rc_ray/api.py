@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
-from rc_ray.config import Config, PromptsConfig, SelectionConfig, load_config
+from rc_ray.config import (
+    ClusterConfig,
+    Config,
+    PromptsConfig,
+    RewardTrainingConfig,
+    SelectionConfig,
+    load_config,
+    load_reward_training,
+)
 from rc_ray.core import schemas
 from rc_ray.core.ids import bad_row_id, prompt_id
 from rc_ray.core.measure import Fitted, Summary, fit
@@ -36,7 +44,7 @@ from rc_ray.pipeline.preview import plan
 from rc_ray.pipeline.progress import start_board
 from rc_ray.pipeline.prompts import BadRow, SeenPrompts, check_source, read_cells, to_messages
 from rc_ray.pipeline.run import ConfigSource, RunResult
-from rc_ray.training.reward_model import train_reward
+from rc_ray.training.reward_model import RewardTrainingResult, prepare, train_here, train_on_ray
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -300,6 +308,44 @@ def calibrate(
         Folder.at(output).write_json("calibration.json", found.as_dict())
         Folder.at(output).write_bytes("reliability.png", picture.getvalue())
     return found
+
+
+def train_reward(
+    pairs: str | Mapping[str, str], output: str, options: Mapping[str, Any] | RewardTrainingConfig | None = None, *, emit: stages.Emit = print
+) -> RewardTrainingResult:  # fmt: skip
+    """Trains a reward model on Ray Train, or goes on where it was killed; returns at once when `output` holds the result of the same data and options.
+
+    Args:
+        pairs: file of preference pairs (`rc_ray.training.preferences`), or one per objective for a model that learns them together.
+        output: folder to write, which all nodes reach; `embedded:reward-NAME` for this machine's cache, which is filled without Ray.
+        options: fields of `RewardTrainingConfig`.
+
+    Raises:
+        ConfigError: options that do not fit together. DataError: pairs unusable, too few, or `output` holds something else.
+        ModelError: the base cannot be loaded. ResumeError: another training was begun there. ClusterError: the cluster is too small, or
+        training failed.
+    """
+    from rc_ray.ledger.lock import DriverLock
+    from rc_ray.pipeline.cluster import connected
+    from rc_ray.pipeline.progress import live_progress
+
+    chosen = load_reward_training(options or {})
+    if output.startswith("embedded:"):
+        return train_here(
+            pairs, output, chosen, lambda done, total, loss: emit(f"train-reward  {done}/{total} pairs  loss {loss:.3f}")
+        )
+    prepared = prepare(pairs, output, chosen)
+    if prepared.result is not None:
+        return prepared.result
+    settings = ClusterConfig()
+    with DriverLock(prepared.work, emit), connected(settings) as cluster:
+        offered, what = (cluster.gpus, "GPUs") if cluster.gpus else (cluster.cpus, "CPUs")
+        if chosen.num_workers > offered:
+            raise ClusterError(
+                f"num_workers = {chosen.num_workers}: {cluster.description} has {offered:g} {what}; lower it, or add nodes"
+            )
+        with live_progress(settings.progress_interval_s, emit) as board:
+            return train_on_ray(prepared, 1.0 if cluster.gpus else 0.0, board)
 
 
 def report(run_directory: str) -> str:

@@ -7,7 +7,10 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from rc_ray.config import RewardTrainingConfig
+from rc_ray.config.base import NAME_PATTERN
 from rc_ray.errors import ConfigError, RcRayError
 
 DESCRIPTION = """Sample answers from a policy, score them under several objectives, keep the pairs on which all agree
@@ -137,21 +140,23 @@ def _parser() -> argparse.ArgumentParser:
     reward = commands.add_parser(
         "train-reward",
         help="train a reward model on preference pairs",
-        description="Trains a one-logit sequence classifier by the Bradley-Terry likelihood and prints its held-out accuracy.",
+        description="Trains a sequence classifier by the Bradley-Terry likelihood, on Ray Train, and prints accuracy and calibration on held-out "
+        "pairs. Run again, it resumes. Several sets, each with a name, are learned together.",
     )
     reward.add_argument(
-        "--pairs", required=True, help="JSONL, JSON or Parquet with prompt/chosen/rejected, or embedded:helpful|harmless"
+        "--pairs",
+        action="append",
+        required=True,
+        metavar="[NAME=]FILE",
+        help="JSONL, JSON or Parquet with prompt/chosen/rejected, or embedded:helpful|harmless; with a name it may be given several times",
     )
     reward.add_argument("--output", required=True, help="folder for the model, or embedded:reward-NAME for the cache")
-    reward.add_argument("--base", help="model to start from: Hub id, folder or embedded:minilm-l6 (default)")
-    reward.add_argument("--epochs", type=float, dest="num_epochs", help="passes over the training pairs")
-    reward.add_argument("--learning-rate", type=float, help="peak learning rate of the pretrained layers")
-    reward.add_argument("--head-learning-rate", type=float, help="peak learning rate of the new layers")
-    reward.add_argument("--batch-size", type=int, help="pairs per step")
-    reward.add_argument("--max-length", type=int, help="most tokens of prompt and answer")
-    reward.add_argument("--num-train", type=int, help="most training pairs")
-    reward.add_argument("--num-test", type=int, help="held-out pairs (default: a tenth)")
-    reward.add_argument("--seed", type=int)
+    for name, field in RewardTrainingConfig.model_fields.items():
+        flag = "--epochs" if name == "num_epochs" else f"--{name.replace('_', '-')}"
+        # Values are checked by the configuration, which says more than a parser could.
+        shown = f"{' '.join((field.description or '').split())} Default: {field.default}".replace("%", "%%")
+        switch: dict[str, Any] = {"action": "store_true", "default": None} if field.annotation is bool else {"metavar": "VALUE"}
+        reward.add_argument(flag, dest=name, help=shown, **switch)
     reward.set_defaults(handler=_train_reward)
     return parser
 
@@ -281,15 +286,9 @@ def _doctor(options: argparse.Namespace) -> int:
 def _calibrate(options: argparse.Namespace) -> None:
     from rc_ray.api import calibrate
 
-    pairs = {}
-    for given in options.pairs:
-        name, mark, path = given.partition("=")
-        if not mark or name in pairs:
-            raise ConfigError(f"--pairs = {given!r}: expected OBJECTIVE=FILE, each objective once")
-        pairs[name] = path
     found = calibrate(
         _source(options),  # type: ignore[arg-type]
-        pairs,
+        _by_name(options.pairs),
         options.output,
         precision=options.precision,
         overrides=options.overrides,
@@ -300,26 +299,29 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 
 def _train_reward(options: argparse.Namespace) -> None:
-    from dataclasses import fields
+    from rc_ray.api import train_reward
 
-    from rc_ray.training.reward_model import RewardTrainingOptions, train_reward
+    given = {name: getattr(options, name) for name in RewardTrainingConfig.model_fields if getattr(options, name) is not None}
+    for line in train_reward(_pairs(options.pairs), options.output, given, emit=_emit).lines():
+        _emit(f"train-reward  {line}")
 
-    given = {f.name: getattr(options, f.name) for f in fields(RewardTrainingOptions) if getattr(options, f.name) is not None}
-    result = train_reward(
-        options.pairs,
-        options.output,
-        RewardTrainingOptions(**given),
-        on_progress=lambda done, total, loss: _emit(f"train-reward  {done}/{total} pairs  loss {loss:.3f}"),
-    )
-    if result.reused:
-        _emit("train-reward  found the finished result of the same data and options; trained nothing")
-    for reason, count in result.left_out.items():
-        _emit(f"train-reward  {count} pairs left out: {reason}")
-    _emit(
-        f"train-reward  {result.num_train} training pairs, prompt shortened in {result.num_prompts_cut} texts, {result.seconds:.0f}s\n"
-        f"held-out accuracy {result.accuracy:.3f} [{result.accuracy_low:.3f}, {result.accuracy_high:.3f}] on {result.num_test} pairs; "
-        f"the longer answer alone: {result.length_accuracy:.3f}\n{result.output}"
-    )
+
+def _pairs(given: list[str]) -> str | dict[str, str]:
+    """One file, or one per name."""
+    named = [value.partition("=") for value in given]
+    if len(given) == 1 and not (named[0][1] and NAME_PATTERN.match(named[0][0])):
+        return given[0]
+    return _by_name(given)
+
+
+def _by_name(given: list[str]) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for value in given:
+        name, mark, path = value.partition("=")
+        if not mark or name in pairs:
+            raise ConfigError(f"--pairs = {value!r}: expected OBJECTIVE=FILE, each objective once")
+        pairs[name] = path
+    return pairs
 
 
 if __name__ == "__main__":

@@ -1,7 +1,16 @@
 """Typed configuration. Imports neither ray, torch nor vllm."""
 
 from rc_ray.config.base import PoolConfig
-from rc_ray.config.load import differences, fingerprint, load_config, load_selection, result_fields, to_yaml
+from rc_ray.config.load import (
+    differences,
+    fingerprint,
+    load_config,
+    load_reward_training,
+    load_selection,
+    result_fields,
+    to_yaml,
+)
+from rc_ray.config.reward_training import RewardTrainingConfig
 from rc_ray.config.rewards import ClassifierReward, HttpReward, ImplicitReward, JudgeReward, RewardConfig, RuleReward
 from rc_ray.config.schema import (
     BudgetConfig,
@@ -30,12 +39,14 @@ __all__ = [
     "PoolConfig",
     "PromptsConfig",
     "RewardConfig",
+    "RewardTrainingConfig",
     "RuleReward",
     "SelectionConfig",
     "TrainingConfig",
     "differences",
     "fingerprint",
     "load_config",
+    "load_reward_training",
     "load_selection",
     "result_fields",
     "to_yaml",

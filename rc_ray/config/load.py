@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from rc_ray.config.reward_training import RewardTrainingConfig
 from rc_ray.config.schema import Config
 from rc_ray.config.selection import SelectionConfig
 from rc_ray.errors import ConfigError
@@ -80,6 +81,21 @@ def load_selection(source: str | Path | Config | None, overrides: Iterable[str] 
         raise ConfigError(f"the configuration is not valid:\n{lines}") from None
 
 
+def load_reward_training(values: Mapping[str, Any] | RewardTrainingConfig) -> RewardTrainingConfig:
+    """The options of a reward-model training.
+
+    Raises:
+        ConfigError: unknown key, wrong type, impossible combination.
+    """
+    if isinstance(values, RewardTrainingConfig):
+        return values
+    try:
+        return RewardTrainingConfig.model_validate(dict(values))
+    except ValidationError as error:
+        lines = "\n".join(f"  {_explain(detail, RewardTrainingConfig)}" for detail in error.errors())
+        raise ConfigError(f"the options are not valid:\n{lines}") from None
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"configuration file {str(path)!r} does not exist; give the path of a YAML file")
@@ -112,7 +128,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
-def _explain(detail: ErrorDetails) -> str:
+def _explain(detail: ErrorDetails, root: type[BaseModel] = Config) -> str:
     # The union of reward kinds puts its tag after the objective's name; it is not a key that the user wrote.
     location = [str(part) for number, part in enumerate(detail["loc"]) if (number, detail["loc"][0]) != (2, "rewards")]
     field = ".".join(location) or "configuration"
@@ -120,16 +136,16 @@ def _explain(detail: ErrorDetails) -> str:
     hidden = isinstance(value, (Mapping, BaseModel)) or (bool(location) and SECRET_NAME.search(location[-1]) is not None)
     shown = "" if hidden else f" = {value!r}"
     if detail["type"] == "extra_forbidden":
-        return f"{field}{shown}: unknown key. {_suggest(location)}"
+        return f"{field}{shown}: unknown key. {_suggest(location, root)}"
     if detail["type"] == "missing":
         return f"{field}: missing; add it to the configuration."
     message = detail["msg"].removeprefix("Value error, ")
-    description = _description(location)
+    description = _description(location, root)
     return f"{field}{shown}: {message[0].lower() + message[1:]}." + (f" ({field}: {description})" if description else "")
 
 
-def _suggest(location: list[str]) -> str:
-    known = known_keys(Config)
+def _suggest(location: list[str], root: type[BaseModel]) -> str:
+    known = known_keys(root)
     same_name = [key for key in known if key.rsplit(".", 1)[-1] == location[-1]]
     close = difflib.get_close_matches(".".join(location), known, 1, 0.8)
     section = ".".join(location[:-1])
@@ -139,9 +155,9 @@ def _suggest(location: list[str]) -> str:
     return f"Remove it, or use one of: {', '.join(siblings)}." if siblings else "Remove it."
 
 
-def _description(location: list[str]) -> str:
+def _description(location: list[str], root: type[BaseModel]) -> str:
     """The documentation of a field, so that an error says what the field is for."""
-    sections: list[type[BaseModel]] = [Config]
+    sections: list[type[BaseModel]] = [root]
     description = ""
     for part in location:
         info = next((s.model_fields[part] for s in sections if part in s.model_fields), None)

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rc_ray.config import Config
+from rc_ray.config import Config, RewardTrainingConfig
 from rc_ray.core import schemas
 from rc_ray.core.measure import Fitted, Summary, fit
 from rc_ray.core.selection import needs_fit, select_pairs, summarize
@@ -140,7 +140,7 @@ def build_models(config: Config, emit: Emit) -> None:
     for name in sorted(n for n in names if n.startswith("embedded:") and not embedded.is_built(n)):
         started = time.monotonic()
         if name.startswith("embedded:reward-"):
-            from rc_ray.training.reward_model import train_reward
+            from rc_ray.training.reward_model import train_here
 
             objective = name.removeprefix("embedded:reward-")
             last = [0.0]
@@ -150,10 +150,11 @@ def build_models(config: Config, emit: Emit) -> None:
                     last[0] = time.monotonic()
                     emit(f"models    reward-{objective}  {done}/{total} pairs  loss {loss:.3f}")
 
-            result = train_reward(f"embedded:{objective}", name, on_progress=progress)
+            result = train_here(f"embedded:{objective}", name, RewardTrainingConfig(), progress)
+            held_out = result.sets["reward"]
             emit(
-                f"models    {name}: held-out accuracy {result.accuracy:.2f} [{result.accuracy_low:.2f}, {result.accuracy_high:.2f}] "
-                f"on {result.num_test} pairs, {result.seconds:.0f}s"
+                f"models    {name}: held-out accuracy {held_out.accuracy:.2f} [{held_out.accuracy_low:.2f}, {held_out.accuracy_high:.2f}] "
+                f"on {held_out.num_test} pairs, {result.seconds:.0f}s"
             )
         else:
             local_model(name)

@@ -14,7 +14,7 @@ from rc_ray.errors import ModelError
 from rc_ray.models.resolve import local_model
 from rc_ray.rewards.base import Score, reward_dtype
 from rc_ray.rewards.batches import TokenBatches, length_limit
-from rc_ray.rewards.encoding import encode
+from rc_ray.rewards.encoding import encode, set_padding
 from rc_ray.rewards.self_test import self_test
 
 
@@ -40,16 +40,7 @@ class ClassifierRewardModel:
         self.model.to(self._device).eval()
         limit = length_limit(self.tokenizer, self.model.config, config.max_length)
         self._batches = TokenBatches(config.max_batch_tokens, limit)
-        if self.tokenizer.pad_token_id is None:
-            # Padding is masked in attention, but a model that takes the last token finds it as the last one that is no padding, so the token
-            # must not be one that ends a text.
-            names = self.tokenizer.unk_token, self.tokenizer.bos_token, self.tokenizer.eos_token
-            known = [name for name in names if name is not None]
-            self.tokenizer.pad_token = next(
-                (name for name in known if name != self.tokenizer.eos_token), self.tokenizer.eos_token
-            )
-        if self.model.config.pad_token_id is None:
-            self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        set_padding(self.tokenizer, self.model.config)
         if config.self_test:
             self_test(self, config.model)
 

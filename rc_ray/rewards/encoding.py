@@ -37,3 +37,17 @@ def encode(tokenizer: Any, messages: list[Message], answer: str, max_length: int
         tokenizer.truncation_side = "left"
         encoded = tokenizer(prompt, answer, truncation="only_first", max_length=max_length)
     return {key: list(encoded[key]) for key in ("input_ids", "attention_mask", "token_type_ids") if key in encoded}
+
+
+def set_padding(tokenizer: Any, model_config: Any) -> None:
+    """Gives a tokenizer and a model without a padding token one.
+
+    Padding is masked in attention, but a model that takes the last token finds it as the last one that is no padding, so the token should not
+    be one that ends a text; where there is no other, the self-test of rewards looks whether it does.
+    """
+    if tokenizer.pad_token_id is None:
+        names = tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token
+        known = [name for name in names if name is not None]
+        tokenizer.pad_token = next((name for name in known if name != tokenizer.eos_token), tokenizer.eos_token)
+    if model_config.pad_token_id is None:
+        model_config.pad_token_id = tokenizer.pad_token_id

@@ -11,20 +11,17 @@ is run again; a broken one goes on from its last checkpoint.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-import shutil
-import tempfile
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from rc_ray.config import Config, TrainingConfig
-from rc_ray.errors import ClusterError, DataError
+from rc_ray.errors import DataError
 from rc_ray.ledger.storage import Folder
 from rc_ray.models.resolve import local_model
+from rc_ray.training.workers import checkpoint_callback, fit, join, leave, remove, save_model
 
 COLUMNS = ["prompt", "chosen", "rejected"]
 EXPERIMENT = "dpo"
@@ -125,8 +122,6 @@ def train_dpo(
     """
     import ray
     from ray.exceptions import RayTaskError
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
 
     training = config.training
     check = ray.remote(num_cpus=min(1.0, train_cpus))(preflight)
@@ -151,79 +146,38 @@ def train_dpo(
         on_gpu=train_gpus > 0,
         stage=stage,
     )
-    filesystem, path = work.filesystem()
-    resources = {"CPU": train_cpus} | ({"GPU": train_gpus} if train_gpus else {})
-    trainer = TorchTrainer(
+    fit(
+        EXPERIMENT,
         _worker,
-        train_loop_config={"task": task, "board": board},
-        scaling_config=ScalingConfig(num_workers=training.num_workers, use_gpu=train_gpus > 0, resources_per_worker=resources),
-        run_config=RunConfig(
-            name=EXPERIMENT,
-            storage_path=path,
-            storage_filesystem=None if work.is_local else filesystem,
-            failure_config=FailureConfig(max_failures=training.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
-        ),
+        {"task": task, "board": board},
+        work,
+        training.num_workers,
+        train_cpus,
+        train_gpus,
+        training.max_failures,
     )
-    try:
-        trainer.fit()
-    except Exception as error:  # Ray Train wraps what its workers raised in types of its own
-        raise ClusterError(
-            f"training failed: {type(error).__name__}: {error}\nThe last checkpoint is kept; run the same command again to resume."
-        ) from error
     history = (work / EXPERIMENT).read_json("log_history.json")
-    _remove(work)
+    remove(work)
     return {**asdict(facts), "log_history": history}
-
-
-def _remove(folder: Folder) -> None:
-    filesystem, path = folder.filesystem()
-    filesystem.delete_dir(path)
 
 
 def _worker(loop_config: dict[str, Any]) -> None:
     """One Ray Train worker."""
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    import ray.train
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from transformers.trainer_callback import PrinterCallback
     from trl import DPOConfig, DPOTrainer
 
-    from rc_ray.generation.hardware import num_cores
-
     task: TrainingTask = loop_config["task"]
     board = loop_config["board"]
     training = task.training
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    if not task.on_gpu:
-        torch.set_num_threads(max(1, num_cores() // context.get_local_world_size()))
-    scratch = Path(tempfile.gettempdir()) / f"rc_ray-dpo-{context.get_experiment_name()}-{os.getppid()}-{rank}"
-    # All ranks of a node read the checkpoint that its first rank fetched, so they need one folder in common.
-    shared = Path(tempfile.gettempdir()) / f"rc_ray-dpo-{_digest(task.work.uri)}-{context.get_node_rank()}"
+    place = join(task.work, task.on_gpu)
 
-    class ReportToRay(TrainerCallback):
-        """Checkpoints go to storage from rank 0 alone, between two barriers, so that no half-written file is copied."""
-
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            torch.distributed.barrier()
-            checkpoint = None
-            source = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            if context.get_local_rank() == 0:
-                if rank != 0:  # other nodes add only what differs by rank
-                    for file in source.glob("*"):
-                        if not file.name.startswith("rng_state"):
-                            shutil.rmtree(file) if file.is_dir() else file.unlink()
-                checkpoint = ray.train.Checkpoint.from_directory(source)
-            ray.train.report(
-                {"step": state.global_step}, checkpoint=checkpoint, checkpoint_dir_name=f"step-{state.global_step:06d}"
-            )
-            torch.distributed.barrier()
-
+    class Progress(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if rank == 0 and logs and "loss" in logs:
+            if place.rank == 0 and logs and "loss" in logs:
                 # TRL counts tokens from the beginning (or the resumed step) on.
                 tokens = int(logs.get("num_tokens", 0))
                 board.advance.remote(task.stage, training.global_batch_size, max(0, tokens - self._tokens))
@@ -234,9 +188,9 @@ def _worker(loop_config: dict[str, Any]) -> None:
     path = local_model(task.model)
     options = {"revision": task.revision, "trust_remote_code": task.trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(path, **options)
-    resume = _fetch_checkpoint(shared, context.get_local_rank())
+    resume = place.resume
     state = json.loads((resume / "trainer_state.json").read_text()) if resume else {"global_step": 0}
-    if rank == 0:
+    if place.rank == 0:
         board.advance.remote(task.stage, state["global_step"] * training.global_batch_size, 0)
     if resume is not None and state["global_step"] >= task.steps:
         # Killed between the last checkpoint and the saved model. The Hugging Face trainer would train one step more.
@@ -246,9 +200,9 @@ def _worker(loop_config: dict[str, Any]) -> None:
         trainer = DPOTrainer(
             model=model,
             args=DPOConfig(
-                output_dir=str(shared),
+                output_dir=str(place.shared),
                 per_device_train_batch_size=training.per_device_batch_size,
-                gradient_accumulation_steps=training.global_batch_size // (world * training.per_device_batch_size),
+                gradient_accumulation_steps=training.global_batch_size // (place.world * training.per_device_batch_size),
                 learning_rate=training.learning_rate,
                 lr_scheduler_type="linear",
                 warmup_steps=training.warmup_steps,
@@ -270,36 +224,13 @@ def _worker(loop_config: dict[str, Any]) -> None:
             ),
             train_dataset=Dataset(task.pairs.read_all(columns=COLUMNS)),
             processing_class=tokenizer,
-            callbacks=[ReportToRay()],
+            callbacks=[checkpoint_callback(place), Progress()],
         )
         trainer.remove_callback(PrinterCallback)
         board.ready.remote(task.stage)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         model, history = trainer.accelerator.unwrap_model(trainer.model), trainer.state.log_history
-    if rank == 0:
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        task.output.upload(scratch)
+    save_model(place, task.output, model, tokenizer)
+    if place.rank == 0:
         (task.work / EXPERIMENT).write_json("log_history.json", history)
-        shutil.rmtree(scratch, ignore_errors=True)
-    torch.distributed.barrier()
-    if context.get_local_rank() == 0:
-        shutil.rmtree(shared, ignore_errors=True)
-
-
-def _fetch_checkpoint(folder: Path, local_rank: int) -> Path | None:
-    """The last reported checkpoint as a local folder, fetched once per node; None when there is none."""
-    import ray.train
-    import torch
-
-    checkpoint = ray.train.get_checkpoint()
-    if local_rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        if checkpoint is not None:
-            checkpoint.to_directory(folder / "resume")
-    torch.distributed.barrier()
-    return folder / "resume" if checkpoint is not None else None
-
-
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    leave(place)

@@ -2,6 +2,7 @@
 
 * `prompt`, `chosen`, `rejected`: strings, or lists of messages (`pairs/` of a run is of this form);
 * `chosen`, `rejected`: whole transcripts ("\\n\\nHuman: … \\n\\nAssistant: …", as in hh-rlhf);
+* `prompt`, `chosen`, `rejected` and `margin`: by how much the better answer's reward shall be larger, as TRL's reward trainer takes it;
 * `text`, `score`: two transcripts and their scores (as in the re-formatted hh-rlhf sets).
 
 Files are JSONL, JSON (one list) or Parquet; `embedded:helpful` and `embedded:harmless` are the demo's.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -35,6 +37,8 @@ class Preference:
     messages: list[Message]
     chosen: str
     rejected: str
+    margin: float = 0.0
+    """By how much the reward of the better one shall be larger."""
 
 
 def read_preferences(path: str) -> tuple[list[Preference], Counter[str]]:
@@ -95,7 +99,10 @@ def _parse(row: dict[str, Any], where: str) -> Preference | str:
     prompt = row["prompt"]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
     chosen, rejected = _answer(row["chosen"]), _answer(row["rejected"])
-    return "equal answers" if chosen == rejected else Preference(messages, chosen, rejected)
+    margin = float(row.get("margin") or 0.0)
+    if not 0 <= margin < math.inf:
+        return "margin is not a finite number from 0 up"
+    return "equal answers" if chosen == rejected else Preference(messages, chosen, rejected, margin)
 
 
 def _answer(value: Any) -> str:

@@ -1,66 +1,68 @@
-"""Trains a reward model: a sequence classifier with one logit, on preference pairs, by the Bradley–Terry likelihood.
+"""Trains reward models: sequence classifiers on preference pairs, by the Bradley-Terry likelihood.
 
-    loss = mean of −log σ(r(prompt, chosen) − r(prompt, rejected))          (Bradley & Terry 1952; arXiv 2203.02155, eq. 1)
+    loss = mean of -log sigma(r(prompt, chosen) - r(prompt, rejected))          (Bradley & Terry 1952; arXiv 2203.02155, eq. 1)
 
-The result is a plain `AutoModelForSequenceClassification` folder, with its held-out accuracy in `reward_training.json`.
-Invariant: a prompt is either in the training or in the held-out part; what had to be cut or left out is counted and printed.
+Several preference sets are learned at once by one model: with equal weights (`multitask`), or by MORE (arXiv 2312.07401), which chooses weights
+at every step so that no set is drowned by another. The result is a plain `AutoModelForSequenceClassification` folder, with what it
+reaches on held-out pairs in `reward_training.json` and `held_out.parquet`. Invariant: the record is written last, so a folder that has it is whole,
+and the same command, run again, trains nothing; one that was killed goes on from its last checkpoint.
 
-    rc-ray train-reward --pairs embedded:helpful --output embedded:reward-helpful
+    rc-ray train-reward --pairs embedded:helpful --output my-reward
+    rc-ray train-reward --pairs helpful=a.jsonl --pairs harmless=b.jsonl --method more --output my-reward
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import logging
-import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from rc_ray.core.ids import canonical_json, prompt_id
-from rc_ray.core.statistics import wilson_interval
-from rc_ray.errors import ConfigError, DataError
+import numpy as np
+import pyarrow as pa
+
+from rc_ray.config import RewardTrainingConfig, differences, result_fields
+from rc_ray.config.base import NAME_PATTERN
+from rc_ray.core.calibration import reliability
+from rc_ray.core.ids import canonical_json
+from rc_ray.core.statistics import proportion
+from rc_ray.errors import ConfigError, DataError, ResumeError
 from rc_ray.ledger.rundir import versions
+from rc_ray.ledger.storage import Folder
 from rc_ray.models import embedded
 from rc_ray.models.resolve import check_model, local_model
-from rc_ray.rewards.encoding import encode
-from rc_ray.training.preferences import Preference, read_preferences
+from rc_ray.training.preferences import read_preferences
+from rc_ray.training.reward_data import Encoded, SetCounts, encode_sets, split_by_prompt
+from rc_ray.training.reward_loop import DATA, DIFFERENCES, EXPERIMENT, FACTS, RewardTask, ray_worker, train_reward_model
 
-RECORD = "reward_training.json"
+RECORD, RECIPE = "reward_training.json", "recipe.json"
 
 
 @dataclass(frozen=True)
-class RewardTrainingOptions:
-    """How a reward model is trained. The defaults suit a small encoder and a few hundred pairs."""
+class SetResult:
+    """What training gave for one preference set."""
 
-    base: str = "embedded:minilm-l6"
-    """Model to start from: anything `AutoModelForSequenceClassification` loads."""
-    num_epochs: float = 2.0
-    """Passes over the training pairs."""
-    learning_rate: float = 5e-5
-    """Peak learning rate of the pretrained layers (AdamW, linear decay after 10 % warm-up)."""
-    head_learning_rate: float = 1e-3
-    """Peak learning rate of the layers above the encoder, which start untrained."""
-    batch_size: int = 16
-    """Pairs per step."""
-    max_length: int = 256
-    """Most tokens of prompt and answer in training; the oldest part of a longer prompt is left out (counted). Pairs whose
-    answer alone is longer are left out (counted)."""
-    num_train: int | None = None
-    """Most training pairs; None takes all that are not held out."""
-    num_test: int | None = None
-    """Held-out pairs; None holds out a tenth."""
-    seed: int = 0
-    """Seed of the split, the order and the head's initial weights."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_train", "num_test", "num_epochs", "batch_size", "max_length", "learning_rate", "head_learning_rate"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(f"{name} = {value}: must be positive")
+    num_train: int
+    num_test: int
+    num_repeated: int
+    """Training pairs taken again in an epoch, since another set is larger."""
+    accuracy: float
+    """Share of held-out pairs whose chosen answer scores higher; a tie counts as wrong."""
+    accuracy_low: float
+    accuracy_high: float
+    """Ends of the 95 % Wilson interval of the accuracy."""
+    ece: float
+    """Expected calibration error on them, 10 bins (`rc_ray.core.calibration.reliability`)."""
+    length_accuracy: float
+    """Accuracy of the rule "the longer answer is better" on the same pairs (a tie counts a half)."""
+    mean_weight: float | None
+    """Mean weight of this set over the steps; `more` only."""
+    num_prompts_cut: int
+    """Texts whose prompt lost its oldest part to `max_length`."""
+    left_out: dict[str, int]
+    """Rows not used, by reason."""
 
 
 @dataclass(frozen=True)
@@ -68,209 +70,212 @@ class RewardTrainingResult:
     """What training gave; also written to `reward_training.json` beside the weights."""
 
     output: str
-    num_train: int
-    num_test: int
-    accuracy: float
-    """Share of held-out pairs whose chosen answer scores higher; a tie counts as wrong."""
-    accuracy_low: float
-    accuracy_high: float
-    """Ends of the 95 % Wilson interval of the accuracy."""
-    length_accuracy: float
-    """Accuracy of the rule "the longer answer is better" on the same pairs (a tie counts a half)."""
-    num_prompts_cut: int
-    """Texts whose prompt lost its oldest part to `max_length`."""
-    left_out: dict[str, int]
-    """Rows not used, by reason."""
+    method: str
+    sets: dict[str, SetResult]
+    conflicts: float | None
+    """Share of steps in which the gradients of two sets pointed away from each other; `more` only."""
     seconds: float
     reused: bool = False
     """Whether an earlier result with the same data and options was found in place."""
 
+    def lines(self) -> list[str]:
+        """For people."""
+        shown = ["found the finished result of the same data and options; trained nothing"] if self.reused else []
+        for name, s in self.sets.items():
+            shown += [f"{name}: {count} pairs left out: {reason}" for reason, count in s.left_out.items()]
+            weight = "" if s.mean_weight is None else f", mean weight {s.mean_weight:.2f}"
+            repeated = f", {s.num_repeated} of them twice or more" if s.num_repeated else ""
+            shown.append(
+                f"{name}: {s.num_train} training pairs{repeated}, prompt shortened in {s.num_prompts_cut} texts{weight}; held-out accuracy "
+                f"{s.accuracy:.3f} [{s.accuracy_low:.3f}, {s.accuracy_high:.3f}] and ECE {s.ece:.3f} on {s.num_test} pairs; the longer answer alone: "
+                f"{s.length_accuracy:.3f}"
+            )
+        if self.conflicts is not None:
+            shown.append(f"the sets' gradients conflicted in {self.conflicts:.0%} of the steps")
+        return [*shown, f"{self.output}  ({self.seconds:.0f}s)"]
 
-def train_reward(
-    pairs: str,
-    output: str,
-    options: RewardTrainingOptions = RewardTrainingOptions(),
-    on_progress: Callable[[int, int, float], None] | None = None,
-) -> RewardTrainingResult:
-    """Trains and saves a reward model; returns at once when `output` already holds the result of the same data and options.
 
-    Args:
-        pairs: file of preference pairs (`preferences.read_preferences`), or `embedded:helpful` / `embedded:harmless`.
-        output: folder to write, or `embedded:reward-NAME` for the cache.
-        options: see `RewardTrainingOptions`.
-        on_progress: called after every step with (pairs done, pairs in all, loss).
+@dataclass(frozen=True)
+class Prepared:
+    """A training that can begin, or has ended before."""
+
+    output: Folder
+    options: RewardTrainingConfig
+    """With the method chosen."""
+    recipe: dict[str, Any]
+    encoded: Encoded | None
+    result: RewardTrainingResult | None
+    """Of the same data and options, if it is there."""
+
+    @property
+    def work(self) -> Folder:
+        """Data and checkpoints while it runs."""
+        return Folder(f"{self.output.uri}.training")
+
+
+def prepare(pairs: str | Mapping[str, str], output: str, options: RewardTrainingConfig) -> Prepared:
+    """Checks everything and reads the pairs; trains nothing.
 
     Raises:
-        DataError: pairs unusable, too few, or `output` holds something else.
-        ModelError: the base cannot be loaded.
+        ConfigError, DataError, ModelError, ResumeError: see `rc_ray.train_reward`.
     """
-    check_model("base", options.base)
-    preferences, left_out = read_preferences(pairs)
-    recipe = {"pairs_hash": _hash(preferences), **asdict(options), "build": embedded.BUILD}
-    folder = embedded.target(output) if output.startswith("embedded:") else Path(output)
-    if (folder / RECORD).is_file():
-        record = json.loads((folder / RECORD).read_text())
+    files = {"reward": pairs} if isinstance(pairs, str) else dict(pairs)
+    for name in files:
+        if not NAME_PATTERN.match(name):
+            raise ConfigError(f"pairs: {name!r} is no name of a preference set; use letters, digits and _")
+    if not files:
+        raise ConfigError("pairs: none given")
+    options = options.model_copy(update={"method": _method(options, len(files))})
+    check_model("base", options.base, options.revision)
+    sets = {name: read_preferences(path) for name, path in files.items()}
+    hashes = {name: _hash([asdict(p) for p in found]) for name, (found, _) in sets.items()}
+    recipe = {"pairs_hash": hashes, **result_fields(options), "build": embedded.BUILD}
+    folder = Folder.at(str(embedded.target(output)) if output.startswith("embedded:") else output)
+    prepared = Prepared(folder, options, recipe, None, None)
+    if folder.exists(RECORD):
+        record = folder.read_json(RECORD)
         if record["recipe"] == recipe:
-            return RewardTrainingResult(**{**record["result"], "reused": True})
-    if folder.exists() and not output.startswith("embedded:") and any(folder.iterdir()):
-        raise DataError(f"output = {output!r}: the folder holds something else than this training's result; give a new folder")
-    train, test = split_by_prompt(preferences, options)
-    with embedded.build_once(folder, replace=True) as staged:
+            result = {**record["result"], "sets": {name: SetResult(**s) for name, s in record["result"]["sets"].items()}}
+            return Prepared(folder, options, recipe, None, RewardTrainingResult(**{**result, "reused": True}))
+    if not output.startswith("embedded:"):
+        _check_place(prepared)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        local_model(options.base), revision=options.revision, trust_remote_code=options.trust_remote_code
+    )
+    train, test = split_by_prompt(
+        {name: found for name, (found, _) in sets.items()}, options.num_train, options.num_test, options.seed
+    )
+    left_out = {name: dict(counted) for name, (_, counted) in sets.items()}
+    return Prepared(folder, options, recipe, encode_sets(train, test, left_out, tokenizer, options.max_length), None)
+
+
+def _method(options: RewardTrainingConfig, num_sets: int) -> Literal["single", "multitask", "more"]:
+    """The method for so many preference sets.
+
+    Raises:
+        ConfigError: the one chosen does not fit.
+    """
+    if options.method == "single" and num_sets > 1:
+        raise ConfigError(f"method = single: trains on one preference set, and {num_sets} are given; train one model for each")
+    if num_sets == 1 and (options.method in ("multitask", "more") or options.heads == "per_objective"):
+        field = "heads = per_objective" if options.heads == "per_objective" else f"method = {options.method}"
+        raise ConfigError(f"{field}: has no effect with one preference set; give several (NAME=FILE for each), or leave it out")
+    return options.method or ("single" if num_sets == 1 else "multitask")
+
+
+def _check_place(prepared: Prepared) -> None:
+    """A new folder, or that of this training, killed."""
+    begun = prepared.work.read_json(RECIPE) if prepared.work.exists(RECIPE) else None
+    if begun is not None and begun != prepared.recipe:
+        raise ResumeError(
+            f"output = {prepared.output.uri!r}: another training was begun there ({'; '.join(differences(begun, prepared.recipe))}); give a new folder, or "
+            f"remove {prepared.work.uri!r}"
+        )
+    if begun is None and not prepared.output.is_empty():
+        raise DataError(
+            f"output = {prepared.output.uri!r}: the folder holds something else than this training's result; give a new folder"
+        )
+
+
+def train_here(pairs: str | Mapping[str, str], output: str, options: RewardTrainingConfig, on_step: Callable[[int, int, float], None]) -> RewardTrainingResult:  # fmt: skip
+    """Trains a small model in this process, without Ray, for the cache of embedded models.
+
+    Args:
+        on_step: called with (pairs done, pairs in all, loss).
+    """
+    import torch
+
+    prepared = prepare(pairs, output, options)
+    if prepared.result is not None:
+        return prepared.result
+    assert prepared.encoded is not None
+    started = time.monotonic()
+    total = round(len(prepared.encoded.train) * options.num_epochs)
+    with embedded.build_once(Path(prepared.output.uri), replace=True) as staged:
         assert staged is not None
-        result = _train(train, test, dict(left_out), str(folder), staged, options, on_progress)
-        (staged / RECORD).write_text(json.dumps({"recipe": recipe, "result": asdict(result), "versions": versions()}, indent=1))
+        model, tokenizer, facts, judged = train_reward_model(
+            list(prepared.encoded.counts),
+            prepared.options,
+            prepared.encoded.train,
+            prepared.encoded.held_out,
+            torch.cuda.is_available(),
+            lambda done, loss: on_step(done, total, loss),
+            None,
+        )
+        model.save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
+        return _record(prepared, Folder.at(staged), facts, judged, time.monotonic() - started)
+
+
+def train_on_ray(prepared: Prepared, num_gpus: float, board: Any, stage: str = "train-reward") -> RewardTrainingResult:
+    """Trains on the connected cluster, or goes on where it was killed.
+
+    Args:
+        prepared: with `encoded`.
+        num_gpus: per worker; each takes one CPU.
+        board: progress actor.
+
+    Raises:
+        ClusterError: see `rc_ray.training.workers.fit`.
+    """
+    import ray
+
+    from rc_ray.training.workers import fit, remove
+
+    assert prepared.encoded is not None
+    started, options, work = time.monotonic(), prepared.options, prepared.work
+    if not work.exists(RECIPE):
+        (work / DATA).write_table("train.parquet", prepared.encoded.train)
+        (work / DATA).write_table("held_out.parquet", prepared.encoded.held_out)
+        work.write_json(RECIPE, prepared.recipe)
+    ray.get(board.begin.remote(stage, "pairs", round(len(prepared.encoded.train) * options.num_epochs)))
+    task = RewardTask(list(prepared.encoded.counts), options, prepared.output, work, num_gpus > 0, stage)
+    fit(EXPERIMENT, ray_worker, {"task": task, "board": board}, work, options.num_workers, 1.0, num_gpus, options.max_failures)
+    facts, judged = (work / EXPERIMENT).read_json(FACTS), (work / EXPERIMENT).read_table(DIFFERENCES)
+    result = _record(prepared, prepared.output, facts, judged, time.monotonic() - started)
+    remove(work)
     return result
 
 
-def split_by_prompt(preferences: list[Preference], options: RewardTrainingOptions) -> tuple[list[Preference], list[Preference]]:
-    """Training and held-out pairs; all pairs of one prompt go to the same part.
-
-    Raises:
-        DataError: not enough pairs for the split asked for.
-    """
-    by_prompt: dict[str, list[Preference]] = {}
-    for preference in preferences:
-        by_prompt.setdefault(prompt_id(preference.messages), []).append(preference)
-    order = list(by_prompt)
-    random.Random(options.seed).shuffle(order)
-    num_test = options.num_test if options.num_test is not None else max(1, len(preferences) // 10)
-    test: list[Preference] = []
-    train: list[Preference] = []
-    for key in order:
-        (test if len(test) < num_test else train).extend(by_prompt[key])
-    train = train[: options.num_train]
-    if len(test) < num_test or not train:
-        raise DataError(
-            f"{len(preferences)} pairs are too few for {num_test} held out and {options.num_train or 'some'} for training; "
-            "lower --num-test or bring more pairs"
-        )
-    return train, test
-
-
-def _hash(preferences: list[Preference]) -> str:
-    canonical = canonical_json([asdict(p) for p in preferences])
-    return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
-
-
-def _train(
-    train: list[Preference],
-    test: list[Preference],
-    left_out: dict[str, int],
-    output: str,
-    staged: Path,
-    options: RewardTrainingOptions,
-    on_progress: Callable[[int, int, float], None] | None,
+def _record(
+    prepared: Prepared, folder: Folder, facts: dict[str, Any], judged: pa.Table, seconds: float
 ) -> RewardTrainingResult:
-    import torch
-    from datasets import Dataset
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
-    from transformers.trainer_callback import PrinterCallback
-    from transformers.trainer_utils import set_seed
+    """Judges the held-out differences and writes them and the record."""
+    assert prepared.encoded is not None
+    names = list(prepared.encoded.counts)
+    sets = {}
+    for number, (name, count) in enumerate(prepared.encoded.counts.items()):
+        own = judged.column("difference").to_numpy()[judged.column("set").to_numpy() == number]
+        sets[name] = _set_result(count, own, None if facts["weights"] is None else facts["weights"][number])
+    result = RewardTrainingResult(prepared.output.uri, str(prepared.options.method), sets, facts["conflicts"], seconds)
+    named = pa.array([names[number] for number in judged.column("set").to_pylist()])
+    folder.write_table(DIFFERENCES, judged.set_column(0, "set", named))
+    folder.write_json(RECORD, {"recipe": prepared.recipe, "result": asdict(result), "versions": versions()})
+    return result
 
-    started = time.monotonic()
-    set_seed(options.seed)
-    path = local_model(options.base)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    logging.getLogger("transformers").setLevel(logging.ERROR)  # a new head is expected, and reported as a defect
-    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32)
 
-    num_cut = 0
-
-    def encode_pairs(preferences: list[Preference]) -> list[dict[str, Any]]:
-        nonlocal num_cut
-        rows = []
-        for p in preferences:
-            sides = []
-            for answer in (p.chosen, p.rejected):
-                if len(tokenizer(answer)["input_ids"]) + 2 > options.max_length:  # leaves room for a prompt token
-                    break
-                sides.append(encode(tokenizer, p.messages, answer, options.max_length))
-                num_cut += len(encode(tokenizer, p.messages, answer)["input_ids"]) > options.max_length
-            if len(sides) < 2:
-                left_out["answer longer than max_length"] = left_out.get("answer longer than max_length", 0) + 1
-            else:
-                rows.append({"chosen": sides[0], "rejected": sides[1], "length": len(sides[0]["input_ids"])})
-        return rows
-
-    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        return dict(tokenizer.pad([r["chosen"] for r in rows] + [r["rejected"] for r in rows], return_tensors="pt"))
-
-    def margins(module: Any, inputs: dict[str, Any]) -> Any:
-        chosen, rejected = module(**inputs).logits[:, 0].chunk(2)
-        return chosen - rejected
-
-    class BradleyTerryTrainer(Trainer):
-        def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
-            return -torch.nn.functional.logsigmoid(margins(model, inputs)).mean()
-
-    class Report(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if on_progress is not None and logs and "loss" in logs:
-                done = round(state.global_step / max(state.max_steps, 1) * total)
-                on_progress(done, total, float(logs["loss"]))
-
-    train_rows, test_rows = encode_pairs(train), encode_pairs(test)
-    if not train_rows or not test_rows:
+def _set_result(count: SetCounts, d: Any, weight: float | None) -> SetResult:
+    if not np.isfinite(d).all():
         raise DataError(
-            f"max_length = {options.max_length}: only {len(train_rows)} training and {len(test_rows)} held-out pairs have answers that fit; raise it"
+            "training: the model's rewards of held-out pairs are not finite; lower the learning rate, or use dtype float32"
         )
-    total = round(len(train_rows) * options.num_epochs)
-    body = {
-        name
-        for name, _ in model.named_parameters()
-        if name.startswith(f"{model.base_model_prefix}.") and ".pooler." not in name
-    }
-    groups = [
-        {"params": [p for n, p in model.named_parameters() if n in body], "lr": options.learning_rate},
-        {"params": [p for n, p in model.named_parameters() if n not in body], "lr": options.head_learning_rate},
-    ]
-    trainer = BradleyTerryTrainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=str(staged / "unused"),
-            num_train_epochs=options.num_epochs,
-            per_device_train_batch_size=options.batch_size,
-            learning_rate=options.learning_rate,
-            warmup_steps=0.1,
-            lr_scheduler_type="linear",
-            seed=options.seed,
-            save_strategy="no",
-            logging_steps=5,
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            train_sampling_strategy="group_by_length",
-            remove_unused_columns=False,
-        ),
-        train_dataset=Dataset.from_list(train_rows),
-        data_collator=collate,
-        optimizers=(torch.optim.AdamW(groups, weight_decay=0.01), None),
-        callbacks=[Report()],
+    accuracy = proportion(int((d > 0).sum()), len(d))
+    return SetResult(
+        num_train=count.num_train,
+        num_test=count.num_test,
+        num_repeated=count.num_repeated,
+        accuracy=accuracy.mean,
+        accuracy_low=accuracy.low,
+        accuracy_high=accuracy.high,
+        ece=reliability(np.asarray(d, dtype=np.float64)).ece,
+        length_accuracy=count.length_accuracy,
+        mean_weight=weight,
+        num_prompts_cut=count.num_prompts_cut,
+        left_out=count.left_out,
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
 
-    model.eval()
-    correct = longer = 0.0
-    test_rows.sort(key=lambda row: row["length"])
-    with torch.inference_mode():
-        for start in range(0, len(test_rows), 32):
-            inputs = {k: v.to(model.device) for k, v in collate(test_rows[start : start + 32]).items()}
-            correct += float((margins(model, inputs) > 0).sum())
-    for p in test:
-        longer += 0.5 if len(p.chosen) == len(p.rejected) else float(len(p.chosen) > len(p.rejected))
-    low, high = wilson_interval(correct, len(test_rows))
-    model.save_pretrained(staged)
-    tokenizer.save_pretrained(staged)
-    return RewardTrainingResult(
-        output=output,
-        num_train=len(train_rows),
-        num_test=len(test_rows),
-        accuracy=correct / len(test_rows),
-        accuracy_low=low,
-        accuracy_high=high,
-        length_accuracy=longer / len(test),
-        num_prompts_cut=num_cut,
-        left_out=left_out,
-        seconds=time.monotonic() - started,
-    )
+
+def _hash(rows: list[dict[str, Any]]) -> str:
+    return hashlib.blake2b(canonical_json(rows).encode(), digest_size=16).hexdigest()

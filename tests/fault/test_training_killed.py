@@ -1,21 +1,36 @@
-"""SIGKILL of the driver in the middle of DPO: training goes on from its last checkpoint and ends with the same weights."""
+"""SIGKILL of the driver in the middle of training: it goes on from its last checkpoint and ends with the same weights."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
 
-from tests.conftest import FinishedRun
+from tests.conftest import FinishedRun, make_llama
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict())
+    return dict(load_file(folder / "model.safetensors"))
+
+
+def kill_at(command: list[str], record: Path, checkpoint: str) -> None:
+    """Starts a training and kills its driver when Ray Train's record of the checkpoints that count names this one."""
+    victim = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 240
+    while not (record.exists() and checkpoint in record.read_text()):
+        assert victim.poll() is None, "training ended before it could be killed"
+        assert time.monotonic() < deadline, "no checkpoint was written"
+        time.sleep(0.05)
+    victim.kill()
+    victim.wait()
+    time.sleep(5)  # Ray's processes notice that their driver is gone
 
 
 def test_a_killed_training_resumes_to_the_same_weights(finished_run: FinishedRun, tmp_path: Path) -> None:
@@ -33,17 +48,7 @@ def test_a_killed_training_resumes_to_the_same_weights(finished_run: FinishedRun
         "--set",
         "training.save_every_steps=1",
     ]
-    victim = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    # Ray Train's record of the checkpoints that count.
-    record = run / "ledger" / "training" / "dpo" / "checkpoint_manager_snapshot.json"
-    deadline = time.monotonic() + 240
-    while not (record.exists() and "step-000002" in record.read_text()):
-        assert victim.poll() is None, "training ended before it could be killed"
-        assert time.monotonic() < deadline, "no checkpoint was written"
-        time.sleep(0.05)
-    victim.kill()
-    victim.wait()
-    time.sleep(5)  # Ray's processes notice that their driver is gone
+    kill_at(command, run / "ledger" / "training" / "dpo" / "checkpoint_manager_snapshot.json", "step-000002")
     assert not (run / "model").exists()
 
     resumed = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
@@ -55,3 +60,41 @@ def test_a_killed_training_resumes_to_the_same_weights(finished_run: FinishedRun
     assert next(done for done in steps if done) >= 8
     before, after = weights(finished_run.folder / "model"), weights(run / "model")
     assert all(torch.allclose(before[name], after[name], rtol=0, atol=1e-6) for name in before)
+
+
+def test_a_killed_reward_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    make_llama(tmp_path / "base", seed=3)
+    for name, chosen, rejected in (("a", "hello", "are"), ("b", "you", "today")):
+        rows = [{"prompt": f"question {name} {i}", "chosen": chosen, "rejected": rejected} for i in range(70)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def command(output: str) -> list[str]:
+        pairs = [argument for name in "ab" for argument in ("--pairs", f"{name}={tmp_path}/{name}.jsonl")]
+        options = [
+            "--method",
+            "more",
+            "--momentum",
+            "0.5",
+            "--base",
+            str(tmp_path / "base"),
+            "--num-workers",
+            "2",
+            "--batch-size",
+            "2",
+        ]
+        program = [sys.executable, "-m", "rc_ray", "train-reward", *pairs, *options]
+        return [*program, "--epochs", "1", "--save-every-steps", "5", "--output", str(tmp_path / output)]
+
+    undisturbed = subprocess.run(command("whole"), capture_output=True, text=True, timeout=300, check=False)
+    assert undisturbed.returncode == 0, undisturbed.stderr[-3000:]
+    kill_at(command("killed"), tmp_path / "killed.training" / "reward" / "checkpoint_manager_snapshot.json", "step-000010")
+    assert not (tmp_path / "killed" / "reward_training.json").exists()
+    resumed = subprocess.run(command("killed"), capture_output=True, text=True, timeout=300, check=False)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    before, after = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert set(before) == set(after)
+    assert all(torch.allclose(before[name], after[name], rtol=0, atol=1e-6) for name in before)
+    # The weights of the sets, and the steps they are averages of, went on, too.
+    records = [json.loads((tmp_path / each / "reward_training.json").read_text())["result"] for each in ("whole", "killed")]
+    first, second = ({name: s["mean_weight"] for name, s in record["sets"].items()} for record in records)
+    assert first == pytest.approx(second, abs=1e-6)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rc_ray.cli import main
-from rc_ray.config import ClassifierReward, EvaluationConfig, PromptsConfig, load_config
+from rc_ray.config import ClassifierReward, EvaluationConfig, PromptsConfig, load_config, load_reward_training
 from rc_ray.core import schemas
 from rc_ray.errors import ConfigError, DataError, RcRayError, ResumeError
 from rc_ray.evaluation.compare import compare
@@ -25,7 +25,7 @@ from rc_ray.pipeline.plan import make_plan
 from rc_ray.pipeline.prompts import check_source, read_cells, write_chunks
 from rc_ray.rewards.rule import RuleRewardFunction, load_function
 from rc_ray.training.preferences import read_preferences
-from rc_ray.training.reward_model import RewardTrainingOptions
+from rc_ray.training.reward_model import prepare
 
 
 def chunked(path: Path, out: Path) -> Any:
@@ -247,10 +247,40 @@ def test_preferences_that_are_no_parquet_are_a_data_error(tmp_path: Path) -> Non
         read_preferences(str(tmp_path / "p.parquet"))
 
 
-@pytest.mark.parametrize("options", [{"num_test": 0}, {"num_test": 3, "num_train": -5}, {"num_epochs": 0}])
-def test_sizes_that_make_no_sense_are_refused(options: dict[str, float]) -> None:
-    with pytest.raises(RcRayError, match="must be positive"):
-        RewardTrainingOptions(**options)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_test": 0}, r"num_test = 0: input should be greater than or equal to 1.*Held-out pairs"),
+        ({"num_epochs": 0}, "num_epochs = 0: input should be greater than 0"),
+        ({"label_smoothing": 0.5}, "label_smoothing = 0.5: input should be less than 0.5"),
+        ({"epochs": 3}, "epochs = 3: unknown key"),
+        ({"method": "most"}, "method = 'most'"),
+        ({"momentum": 0.5}, "momentum has no effect without method more"),
+        ({"method": "multitask", "normalize": "l2"}, "normalize has no effect without method more"),
+        ({"lora_alpha": 8.0}, "lora_alpha has no effect without lora_rank"),
+        ({"method": "more", "heads": "per_objective"}, "can never conflict"),
+        ({"batch_size": 10, "num_workers": 4}, r"not a multiple of num_workers x per_device_batch_size \(4 x 1\); set it to 8"),
+    ],
+)
+def test_options_of_reward_training_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_reward_training(options)
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "message"),
+    [
+        (["a"], {"method": "more"}, "method = more: has no effect with one preference set"),
+        (["a"], {"heads": "per_objective"}, "heads = per_objective: has no effect with one preference set"),
+        (["a", "b"], {"method": "single"}, "method = single: trains on one preference set, and 2 are given"),
+        (["a b"], {}, "'a b' is no name"),
+    ],
+)
+def test_a_method_that_does_not_fit_the_number_of_sets_is_refused(
+    names: list[str], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        prepare(dict.fromkeys(names, "embedded:helpful"), "unused", load_reward_training(options))
 
 
 # --- evaluation

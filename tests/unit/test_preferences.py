@@ -12,10 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rc_ray.core.ids import prompt_id
 from rc_ray.core.statistics import wilson_interval
 from rc_ray.errors import DataError
 from rc_ray.training.preferences import Preference, read_preferences
-from rc_ray.training.reward_model import RewardTrainingOptions, split_by_prompt
+from rc_ray.training.reward_data import Sets, encode_sets, split_by_prompt
+from tests.conftest import make_tokenizer
 
 ASKED = [{"role": "user", "content": "Why is the sky blue?"}]
 
@@ -121,43 +123,88 @@ def prompts_of(pairs: list[Preference]) -> set[str]:
     return {pair.messages[0]["content"] for pair in pairs}
 
 
+def split(pairs: list[Preference], num_train: int | None = None, num_test: int | None = None, seed: int = 0) -> tuple[list[Preference], list[Preference]]:  # fmt: skip
+    train, test = split_by_prompt({"a": pairs}, num_train, num_test, seed)
+    return train["a"], test["a"]
+
+
 def test_all_pairs_of_a_prompt_are_on_one_side_of_the_split() -> None:
-    train, test = split_by_prompt(preferences(20, per_prompt=3), RewardTrainingOptions(num_test=9))
+    train, test = split(preferences(20, per_prompt=3), num_test=9)
     assert not prompts_of(train) & prompts_of(test)
     assert len(prompts_of(train) | prompts_of(test)) == 20
     assert (len(train), len(test)) == (51, 9)
 
 
+def test_a_prompt_held_out_of_one_set_is_held_out_of_all() -> None:
+    train, test = split_by_prompt({"a": preferences(20), "b": preferences(20, per_prompt=2)[5:]}, None, 5, 0)
+    held_out = prompts_of(test["a"]) | prompts_of(test["b"])
+    assert not held_out & (prompts_of(train["a"]) | prompts_of(train["b"]))
+    for name, total in (("a", 20), ("b", 35)):
+        assert len(train[name]) + len(test[name]) == total
+        assert len(test[name]) >= 5
+
+
 @pytest.mark.parametrize(
     ("options", "sizes"),
     [
-        (RewardTrainingOptions(), (36, 4)),
-        (RewardTrainingOptions(num_test=10), (30, 10)),
-        (RewardTrainingOptions(num_test=10, num_train=5), (5, 10)),
-        (RewardTrainingOptions(num_test=39), (1, 39)),
-        (RewardTrainingOptions(num_train=1000), (36, 4)),
+        ({}, (36, 4)),
+        ({"num_test": 10}, (30, 10)),
+        ({"num_test": 10, "num_train": 5}, (5, 10)),
+        ({"num_test": 39}, (1, 39)),
+        ({"num_train": 1000}, (36, 4)),
     ],
 )
-def test_sizes_of_the_split(options: RewardTrainingOptions, sizes: tuple[int, int]) -> None:
-    train, test = split_by_prompt(preferences(40), options)
+def test_sizes_of_the_split(options: dict[str, int], sizes: tuple[int, int]) -> None:
+    train, test = split(preferences(40), **options)
     assert (len(train), len(test)) == sizes
 
 
 def test_at_least_one_pair_is_held_out() -> None:
-    train, test = split_by_prompt(preferences(3), RewardTrainingOptions())
+    train, test = split(preferences(3))
     assert (len(train), len(test)) == (2, 1)
 
 
 def test_the_split_depends_on_the_seed_alone() -> None:
-    first, again, other = (split_by_prompt(preferences(40), RewardTrainingOptions(seed=seed)) for seed in (1, 1, 2))
+    first, again, other = (split(preferences(40), seed=seed) for seed in (1, 1, 2))
     assert first == again
     assert prompts_of(first[1]) != prompts_of(other[1])
 
 
-@pytest.mark.parametrize("options", [RewardTrainingOptions(num_test=40), RewardTrainingOptions(num_test=99)])
-def test_too_few_pairs_for_the_split_are_an_error(options: RewardTrainingOptions) -> None:
-    with pytest.raises(DataError, match=rf"40 pairs are too few for {options.num_test} held out.*--num-test"):
-        split_by_prompt(preferences(40), options)
+@pytest.mark.parametrize("num_test", [40, 99])
+def test_too_few_pairs_for_the_split_are_an_error(num_test: int) -> None:
+    with pytest.raises(DataError, match=rf"pairs 'a': 40 pairs are too few for {num_test} held out.*--num-test"):
+        split(preferences(40), num_test=num_test)
+
+
+def test_smaller_sets_begin_again_and_what_does_not_fit_is_counted() -> None:
+    tokenizer = make_tokenizer()
+    long = Preference([{"role": "user", "content": "question"}], "good " * 40, "bad")
+    train: Sets = {"a": preferences(5), "b": [*preferences(2), long]}
+    encoded = encode_sets(train, {"a": preferences(3), "b": preferences(1)}, {"b": {"equal answers": 7}}, tokenizer, 100)
+    rows = encoded.train.to_pylist()
+    assert [[pair["prompt_id"] for pair in row["pairs"]] for row in rows] == [
+        [prompt_id(train["a"][i].messages), prompt_id(train["b"][i % 2].messages)] for i in range(5)
+    ]
+    assert rows[0]["length"] == max(
+        len(pair[side]["input_ids"]) for pair in rows[0]["pairs"] for side in ("chosen", "rejected")
+    )
+    counts = encoded.counts
+    assert (counts["a"].num_train, counts["a"].num_test, counts["a"].num_repeated, counts["a"].left_out) == (5, 3, 0, {})
+    assert (counts["b"].num_train, counts["b"].num_test, counts["b"].num_repeated) == (2, 1, 3)
+    assert counts["b"].left_out == {"equal answers": 7, "longer than max_length": 1}
+    assert sorted(encoded.held_out.column("set").to_pylist()) == [0, 0, 0, 1]
+    assert counts["a"].length_accuracy == 1.0  # "good 0" is longer than "bad 0"
+    with pytest.raises(DataError, match=r"max_length = 8: only 0 training and 0 held-out pairs of 'a'"):
+        encode_sets(train, train, {}, tokenizer, 8)
+
+
+def test_margins_of_pairs_are_read_and_bad_ones_counted(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "q", "chosen": "a", "rejected": "b", "margin": margin} for margin in (0.5, None, -1.0, float("inf"), "much")
+    ]
+    pairs, left_out = read(tmp_path, rows)
+    assert [pair.margin for pair in pairs] == [0.5, 0.0]
+    assert left_out == {"margin is not a finite number from 0 up": 2, "malformed row": 1}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,155 @@
+"""What all training on Ray Train shares: workers, checkpoints that are whole, going on from the last one.
+
+Invariant: a checkpoint reaches storage from the first rank of a node alone, between two barriers, so that no half-written file is copied. Other
+nodes add only what differs by rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rc_ray.errors import ClusterError
+from rc_ray.ledger.storage import Folder
+
+
+def fit(
+    name: str,
+    worker: Callable[[dict[str, Any]], None],
+    loop_config: dict[str, Any],
+    work: Folder,
+    num_workers: int,
+    num_cpus: float,
+    num_gpus: float,
+    max_failures: int,
+) -> None:
+    """Runs a worker function on the connected cluster until it has ended on every rank.
+
+    Args:
+        name: of the training; its checkpoints are in `work / name`.
+        worker: gets `loop_config` on every rank.
+        work: a folder that all nodes reach.
+        num_cpus, num_gpus: per worker.
+        max_failures: restarts from the last checkpoint before it gives up.
+
+    Raises:
+        ClusterError: it failed more often than `max_failures`.
+    """
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    filesystem, path = work.filesystem()
+    resources = {"CPU": num_cpus} | ({"GPU": num_gpus} if num_gpus else {})
+    trainer = TorchTrainer(
+        worker,
+        train_loop_config=loop_config,
+        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=num_gpus > 0, resources_per_worker=resources),
+        run_config=RunConfig(
+            name=name,
+            storage_path=path,
+            storage_filesystem=None if work.is_local else filesystem,
+            failure_config=FailureConfig(max_failures=max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+        ),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:  # Ray Train wraps what its workers raised in types of its own
+        raise ClusterError(
+            f"training failed: {type(error).__name__}: {error}\nThe last checkpoint is kept; run the same command again to resume."
+        ) from error
+
+
+def remove(folder: Folder) -> None:
+    """Deletes a folder with all that is in it."""
+    filesystem, path = folder.filesystem()
+    filesystem.delete_dir(path)
+
+
+@dataclass(frozen=True)
+class Place:
+    """One worker among all, and its folders on this node."""
+
+    rank: int
+    local_rank: int
+    world: int
+    shared: Path
+    """One per node: checkpoints before they are in storage, and the one to go on from, which its first rank fetches."""
+    resume: Path | None
+    """The last checkpoint, if there is one."""
+
+
+def join(work: Folder, on_gpu: bool) -> Place:
+    """Called by every worker first: fetches the last checkpoint, and takes its share of the cores."""
+    import ray.train
+    import torch
+
+    from rc_ray.generation.hardware import num_cores
+
+    context = ray.train.get_context()
+    if not on_gpu:
+        torch.set_num_threads(max(1, num_cores() // context.get_local_world_size()))
+    digest = hashlib.blake2b(work.uri.encode(), digest_size=8).hexdigest()
+    shared = Path(tempfile.gettempdir()) / f"rc_ray-training-{digest}-{context.get_node_rank()}"
+    checkpoint = ray.train.get_checkpoint()
+    if context.get_local_rank() == 0:
+        shutil.rmtree(shared, ignore_errors=True)
+        if checkpoint is not None:
+            checkpoint.to_directory(shared / "resume")
+    torch.distributed.barrier()
+    return Place(
+        rank=context.get_world_rank(),
+        local_rank=context.get_local_rank(),
+        world=context.get_world_size(),
+        shared=shared,
+        resume=shared / "resume" if checkpoint is not None else None,
+    )
+
+
+def leave(place: Place) -> None:
+    """Called by every worker last."""
+    import torch
+
+    torch.distributed.barrier()
+    if place.local_rank == 0:
+        shutil.rmtree(place.shared, ignore_errors=True)
+
+
+def save_model(place: Place, output: Folder, *parts: Any) -> None:
+    """Writes what has a `save_pretrained` (model, tokenizer) to `output`, from rank 0."""
+    if place.rank != 0:
+        return
+    with tempfile.TemporaryDirectory(prefix="rc_ray-model-") as scratch:
+        for part in parts:
+            part.save_pretrained(scratch)
+        output.upload(scratch)
+
+
+def checkpoint_callback(place: Place) -> Any:
+    """For Hugging Face's trainer: every checkpoint it writes goes to Ray Train's storage."""
+    import ray.train
+    import torch
+    from transformers import TrainerCallback
+
+    class ReportToRay(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            torch.distributed.barrier()
+            checkpoint = None
+            source = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if place.local_rank == 0:
+                if place.rank != 0:
+                    for file in source.glob("*"):
+                        if not file.name.startswith("rng_state"):
+                            shutil.rmtree(file) if file.is_dir() else file.unlink()
+                checkpoint = ray.train.Checkpoint.from_directory(source)
+            ray.train.report(
+                {"step": state.global_step}, checkpoint=checkpoint, checkpoint_dir_name=f"step-{state.global_step:06d}"
+            )
+            torch.distributed.barrier()
+
+    return ReportToRay()
