@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rc_ray.api import calibrate, evaluate, plan, report, run, sample, score, select, train, train_reward
+    from rc_ray.api import calibrate, evaluate, plan, preflight, report, run, sample, score, select, train, train_reward
     from rc_ray.config import Config, SelectionConfig, load_config
     from rc_ray.core.rule import consistency_matrix
     from rc_ray.core.selection import Selected, fit_selection, select_indices, select_pairs
@@ -21,7 +21,19 @@ if TYPE_CHECKING:
     from rc_ray.errors import ClusterError, ConfigError, DataError, ModelError, RcRayError, ResumeError
 
 _HOMES = {
-    "rc_ray.api": ("calibrate", "evaluate", "plan", "report", "run", "sample", "score", "select", "train", "train_reward"),
+    "rc_ray.api": (
+        "calibrate",
+        "evaluate",
+        "plan",
+        "preflight",
+        "report",
+        "run",
+        "sample",
+        "score",
+        "select",
+        "train",
+        "train_reward",
+    ),
     "rc_ray.config": ("Config", "SelectionConfig", "load_config"),
     "rc_ray.core.rule": ("consistency_matrix",),
     "rc_ray.core.selection": ("Selected", "fit_selection", "select_indices", "select_pairs"),
@@ -47,6 +59,7 @@ __all__ = [
     "fit_selection",
     "load_config",
     "plan",
+    "preflight",
     "report",
     "run",
     "sample",

@@ -44,14 +44,29 @@ from rc_ray.pipeline.preview import plan
 from rc_ray.pipeline.progress import start_board
 from rc_ray.pipeline.prompts import BadRow, SeenPrompts, check_source, read_cells, to_messages
 from rc_ray.pipeline.run import ConfigSource, RunResult
+from rc_ray.training.arguments import check_dpo_arguments
 from rc_ray.training.reward_model import RewardTrainingResult, prepare, train_here, train_on_ray
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
     from rc_ray.evaluation.calibrate import CalibrationReport
+    from rc_ray.training.dpo import Preflight
 
-__all__ = ["Selection", "calibrate", "evaluate", "plan", "report", "run", "sample", "score", "select", "train", "train_reward"]
+__all__ = [
+    "Selection",
+    "calibrate",
+    "evaluate",
+    "plan",
+    "preflight",
+    "report",
+    "run",
+    "sample",
+    "score",
+    "select",
+    "train",
+    "train_reward",
+]
 
 
 class Selection(NamedTuple):
@@ -199,6 +214,7 @@ def train(
             f"generation.adapter = {resolved.generation.adapter!r}: DPO starts from `model`, without the adapter; merge it into the model and "
             "give that, or leave it out"
         )
+    check_dpo_arguments(resolved.training.trl)
     folder = Folder.at(output)
     if not folder.is_empty():
         raise DataError(f"output = {output!r}: the folder is not empty; give a new one")
@@ -213,8 +229,26 @@ def train(
         source = work / "pairs"
         pairs.write_parquet(source.uri)
     with live_progress(resolved.cluster.progress_interval_s, print) as board:
-        train_dpo(resolved, source, folder, work, plan.train_cpus, plan.train_gpus, board)
+        train_dpo(resolved, source, folder, work, plan.train_cpus, plan.train_gpus, board, work / "reference")
     return folder.uri
+
+
+def preflight(config: ConfigSource, pairs: str | None = None, *, overrides: Iterable[str] = ()) -> Preflight:
+    """Looks at all pairs as training would, before any step, and trains nothing.
+
+    Args:
+        config: see `run`.
+        pairs: None looks at the pairs of the run directory. Otherwise a folder of Parquet files as for `train`.
+
+    Raises:
+        DataError: what is wrong with how many pairs.
+    """
+    from rc_ray.training.dpo import preflight as look
+
+    resolved = load_config(config, overrides)
+    check_dpo_arguments(resolved.training.trl)
+    source = rundir.open_existing(resolved.output).pairs if pairs is None else Folder.at(pairs)
+    return look(resolved, source, _connect(resolved).train_cpus)
 
 
 def evaluate(config: ConfigSource, model: str | None = None, *, overrides: Iterable[str] = ()) -> dict[str, Any]:

@@ -90,6 +90,9 @@ def _parser() -> argparse.ArgumentParser:
         if name == "select":
             stage.add_argument("--report", action="store_true", help="also print numbers about the data, and write report.json")
             stage.set_defaults(handler=_select)
+        if name == "train":
+            stage.add_argument("--preflight", action="store_true", help="only look for what is wrong with the pairs")
+            stage.set_defaults(handler=_train)
 
     report = commands.add_parser(
         "report", help="write the report again", description="Writes metrics.json, report/index.html and README.md."
@@ -229,6 +232,20 @@ def _stage(options: argparse.Namespace) -> None:
 
         Path(options.output).write_text(json.dumps(api.evaluate(config, options.input), indent=1))
     _emit(f"{name} finished: {options.output}")
+
+
+def _train(options: argparse.Namespace) -> None:
+    if not options.preflight:
+        _stage(options)
+        return
+    from rc_ray.api import preflight
+
+    found = preflight(_source(options), options.input, overrides=options.overrides)  # type: ignore[arg-type]
+    left_out = f", {found.too_long} longer than training.max_length left out" if found.too_long else ""
+    _emit(
+        f"train preflight: {found.num_pairs} pairs{left_out}, longest {found.longest_pair} tokens, {found.steps} steps, {found.repeated} pairs taken twice "
+        "per epoch to fill the last batch; nothing wrong"
+    )
 
 
 def _select(options: argparse.Namespace) -> None:

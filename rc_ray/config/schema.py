@@ -200,6 +200,20 @@ class GenerationConfig(Section):
         return self
 
 
+class ReferenceConfig(Section):
+    """The pass over the pairs before training, which computes the reference model's log-probs. The reference is the policy that training starts
+    from."""
+
+    num_actors: int | None = deployment(None, ge=1)
+    """Actors, each with the resources of a training worker. None: as many as there are training workers."""
+
+    max_batch_tokens: int = deployment(4096, ge=64)
+    """Padded tokens per forward pass; fewer for a while after memory ran out. Each needs the logits of the whole vocabulary."""
+
+    folder: str | None = deployment(None)
+    """Where log-probs are kept by content, for other trainings on the same pairs with the same reference. None: with this training."""
+
+
 class TrainingConfig(Section):
     """DPO with TRL on Ray Train. Source: DPO, arXiv 2305.18290."""
 
@@ -240,8 +254,16 @@ class TrainingConfig(Section):
     """Pairs per forward pass on one worker."""
 
     max_length: int | None = Field(None, ge=16)
-    """Most tokens of prompt and answer. None: as long as the longest pair, so that nothing is cut. If set, longer pairs
-    are an error before training, never cut."""
+    """Most tokens of prompt and answer. None: as long as the longest pair. Longer pairs are never cut; see max_too_long_fraction."""
+
+    max_too_long_fraction: float = Field(0.0, ge=0, lt=1)
+    """Share of pairs longer than max_length that may be left out (counted); more of them are an error before training."""
+
+    reference: ReferenceConfig = ReferenceConfig()
+    """Log-probs of the reference, computed beforehand."""
+
+    trl: dict[str, Any] = {}
+    """Further fields of `trl.DPOConfig`, e.g. `label_smoothing: 0.1`; checked against TRL's own list. Those that this section has are set here."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto`: bfloat16 mixed precision on GPUs, float32 on CPUs."""
@@ -257,6 +279,10 @@ class TrainingConfig(Section):
 
     @model_validator(mode="after")
     def _batch(self) -> TrainingConfig:
+        if self.max_too_long_fraction and self.max_length is None:
+            raise ValueError(
+                "max_too_long_fraction has no effect without max_length, which then fits the longest pair; set it, or leave it out"
+            )
         unit = self.num_workers * self.per_device_batch_size
         if self.global_batch_size % unit:
             raise ValueError(

@@ -36,6 +36,7 @@ from rc_ray.pipeline.pilot import side_by_side
 from rc_ray.pipeline.plan import Plan
 from rc_ray.pipeline.policies import members_of, model_names, policy_of
 from rc_ray.rewards.rule import load_function
+from rc_ray.training.arguments import check_dpo_arguments
 
 PROMPTS, EVAL_PROMPTS, SAMPLE, SCORE, SELECT, TRAIN, EVALUATE = (
     "prompts", "eval_prompts", "sample", "score", "select", "train", "evaluate",
@@ -60,6 +61,7 @@ def check(config: Config) -> dict[str, str]:
         DataError, ModelError, ConfigError, ResumeError: the first thing that is wrong.
     """
     check_engine_arguments(config.generation.engine)
+    check_dpo_arguments(config.training.trl)
     hashes = {PROMPTS: sources.check_source("prompts", config.prompts)}
     if config.evaluation.prompts is not None:
         hashes[EVAL_PROMPTS] = sources.check_source("evaluation.prompts", config.evaluation.prompts)
@@ -362,7 +364,8 @@ def train(config: Config, run: RunDir, session: Session | None) -> None:
 
     plan = session.plan
     work = run.ledger.folder / "training"
-    facts = train_dpo(config, run.pairs, run.model, work, plan.train_cpus, plan.train_gpus, session.board, TRAIN)
+    cache = run.ledger.folder / "reference"
+    facts = train_dpo(config, run.pairs, run.model, work, plan.train_cpus, plan.train_gpus, session.board, cache, TRAIN)
     run.ledger.finish(TRAIN, facts)
 
 

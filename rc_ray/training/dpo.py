@@ -1,12 +1,12 @@
 """DPO with TRL on Ray Train: pairs in Parquet to a trained policy folder.
 
-Every worker reads the pairs itself and Hugging Face's sampler shards them by rank and seed. The loss is TRL's:
-−log σ(β[(log π(y_w) − log π(y_l)) − (log π_ref(y_w) − log π_ref(y_l))]), arXiv 2305.18290; the reference is the policy that
-training starts from.
+    loss = -log sigma(beta [(log pi(y_w) - log pi(y_l)) - (log pi_ref(y_w) - log pi_ref(y_l))])          (TRL's; arXiv 2305.18290)
 
-Invariant: no pair is cut or left out: the longest pair sets max_length, or a smaller one is refused before any step. The last
-batch of an epoch is filled up with pairs from its beginning, and how many is said. A finished training trains no step when it
-is run again; a broken one goes on from its last checkpoint.
+The reference is the policy that training starts from; its log-probs are columns, computed beforehand (`reference.py`), so that no reference model is in the
+training process. Every worker reads the tokens itself and Hugging Face's sampler shards them by rank and seed.
+
+Invariant: no pair is cut; what is wrong with pairs is found before any step (`pairs.py`). The last batch of an epoch is filled up with pairs from its
+beginning, and how many is said. A finished training trains no step when it is run again; a broken one goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import pyarrow as pa
+
 from rc_ray.config import Config, TrainingConfig
-from rc_ray.errors import DataError
 from rc_ray.ledger.storage import Folder
 from rc_ray.models.resolve import local_model
+from rc_ray.training.reference import look, pairs_task, reference_logps
 from rc_ray.training.workers import checkpoint_callback, fit, join, leave, remove, save_model
 
-COLUMNS = ["prompt", "chosen", "rejected"]
 EXPERIMENT = "dpo"
 
 
@@ -34,7 +35,9 @@ class TrainingTask:
     model: str
     revision: str | None
     trust_remote_code: bool
-    pairs: Folder
+    tokens: Folder
+    """With the files of `names`, in their order: `reference.TOKENS`."""
+    names: list[str]
     output: Folder
     work: Folder
     training: TrainingConfig
@@ -50,47 +53,33 @@ class Preflight:
     """What is known before the first step. Lengths in tokens of prompt plus answer."""
 
     num_pairs: int
+    """That are trained on."""
     longest_pair: int
     max_length: int
     steps: int
     repeated: int
     """Pairs taken twice per epoch so that all workers have equally many."""
+    too_long: int = 0
+    """Pairs left out since they are longer than `training.max_length`."""
 
 
-def preflight(
-    task_model: str, revision: str | None, trust_remote_code: bool, pairs: Folder, training: TrainingConfig
-) -> Preflight:
-    """Reads and measures the pairs. Runs on a worker, since it loads the tokenizer.
+def preflight(config: Config, pairs: Folder, num_cpus: float) -> Preflight:
+    """Looks at all pairs, on the connected cluster, before any step.
 
     Raises:
-        DataError: no pair, a pair whose answers are equal, or pairs longer than a max_length that was set.
+        DataError: no pair, or what is wrong with how many of them.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(local_model(task_model), revision=revision, trust_remote_code=trust_remote_code)
-    rows = pairs.read_all(columns=COLUMNS).to_pylist()
-    if not rows:
-        raise DataError(f"pairs = {pairs.uri!r}: there is no pair to train on; see drops/ for the reasons")
-    lengths = []
-    for number, row in enumerate(rows):
-        if row["chosen"] == row["rejected"]:
-            raise DataError(f"pairs = {pairs.uri!r}: chosen and rejected of pair {number} are equal")
-        for side in ("chosen", "rejected"):
-            ids = tokenizer.apply_chat_template(row["prompt"] + row[side], tokenize=True, return_dict=False)
-            lengths.append(len(ids) + 1)  # TRL adds an end token where the template has none
-    longest = max(lengths)
-    if training.max_length is not None and longest > training.max_length:
-        too_long = sum(length > training.max_length for length in lengths)
-        raise DataError(
-            f"training.max_length = {training.max_length}: {too_long} of {len(lengths)} answers are longer (longest {longest} tokens) and "
-            "would be cut; raise it, or leave it out to fit the longest"
-        )
+    training = config.training
+    counts = look(config, pairs, training.num_workers, min(1.0, num_cpus))
+    counts.check(pairs.uri, training.max_length, training.max_too_long_fraction)
+    kept = counts.num_pairs - counts.problems["too_long"]
     return Preflight(
-        num_pairs=len(rows),
-        longest_pair=longest,
-        max_length=training.max_length or longest,
-        steps=training.max_steps or math.ceil(math.ceil(len(rows) / training.global_batch_size) * training.num_epochs),
-        repeated=-len(rows) % (training.num_workers * training.per_device_batch_size),
+        num_pairs=kept,
+        longest_pair=counts.longest,
+        max_length=training.max_length or counts.longest,
+        steps=training.max_steps or math.ceil(math.ceil(kept / training.global_batch_size) * training.num_epochs),
+        repeated=-kept % (training.num_workers * training.per_device_batch_size),
+        too_long=counts.problems["too_long"],
     )
 
 
@@ -102,6 +91,7 @@ def train_dpo(
     train_cpus: float,
     train_gpus: float,
     board: Any,
+    cache: Folder,
     stage: str = "train",
 ) -> dict[str, Any]:
     """Trains on the connected cluster and writes the policy to `output`.
@@ -112,6 +102,7 @@ def train_dpo(
         work: checkpoints while it runs; removed at the end.
         train_cpus, train_gpus: per worker.
         board: progress actor.
+        cache: keeps the reference's log-probs, unless `training.reference.folder` says where.
 
     Returns:
         Facts: pairs, steps, repeated pairs, max_length, and the log history of rank 0.
@@ -121,22 +112,22 @@ def train_dpo(
         ClusterError: training failed more often than max_failures.
     """
     import ray
-    from ray.exceptions import RayTaskError
+
+    from rc_ray.generation.hardware import num_cores
 
     training = config.training
-    check = ray.remote(num_cpus=min(1.0, train_cpus))(preflight)
-    try:
-        facts: Preflight = ray.get(
-            check.remote(config.model, config.revision, config.trust_remote_code, pairs, training)  # type: ignore[attr-defined]
-        )
-    except RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, DataError) else error) from None
+    facts = preflight(config, pairs, train_cpus)
+    actors = training.reference.num_actors or training.num_workers
+    reading = pairs_task(config, pairs, train_gpus > 0, max(1, num_cores() // actors))
+    kept = cache if training.reference.folder is None else Folder.at(training.reference.folder)
+    tokens, names = reference_logps(reading, kept, actors, train_cpus, train_gpus)
     ray.get(board.begin.remote(stage, "pairs", facts.steps * training.global_batch_size))
     task = TrainingTask(
         model=config.model,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
-        pairs=pairs,
+        tokens=tokens,
+        names=names,
         output=output,
         work=work,
         training=training,
@@ -169,6 +160,7 @@ def _worker(loop_config: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from transformers.trainer_callback import PrinterCallback
     from trl import DPOConfig, DPOTrainer
+    from trl.trainer import dpo_trainer
 
     task: TrainingTask = loop_config["task"]
     board = loop_config["board"]
@@ -185,6 +177,17 @@ def _worker(loop_config: dict[str, Any]) -> None:
 
         _tokens = 0
 
+    class ReferenceDPOTrainer(DPOTrainer):  # type: ignore[misc]
+        """Takes rows that are tokens and log-probs of the reference already, for which TRL has no door."""
+
+        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+            return dataset
+
+        def _precompute_ref_logps(self, dataset: Any, *_: Any, **__: Any) -> Any:
+            return dataset
+
+    # Of all weights, for the name of a cache of log-probs that is not used here.
+    dpo_trainer.hash_module = lambda module: ""
     path = local_model(task.model)
     options = {"revision": task.revision, "trust_remote_code": task.trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(path, **options)
@@ -197,7 +200,7 @@ def _worker(loop_config: dict[str, Any]) -> None:
         model, history = AutoModelForCausalLM.from_pretrained(resume, dtype=torch.float32), state["log_history"]
     else:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True, **options)
-        trainer = DPOTrainer(
+        trainer = ReferenceDPOTrainer(
             model=model,
             args=DPOConfig(
                 output_dir=str(place.shared),
@@ -221,8 +224,10 @@ def _worker(loop_config: dict[str, Any]) -> None:
                 report_to="none",
                 disable_tqdm=True,
                 seed=task.seed,
+                precompute_ref_log_probs=True,
+                **training.trl,
             ),
-            train_dataset=Dataset(task.pairs.read_all(columns=COLUMNS)),
+            train_dataset=Dataset(pa.concat_tables([task.tokens.read_table(name) for name in task.names])),
             processing_class=tokenizer,
             callbacks=[checkpoint_callback(place), Progress()],
         )

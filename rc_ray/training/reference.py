@@ -1,0 +1,269 @@
+"""A Ray Data pass over the pairs before training: a look at all of them, then the reference model's log-probs.
+
+The training process then holds no reference model. Results are kept by content: a slice of pairs is one Parquet file, named after the hash of its tokens in
+a folder named after the reference, so the same pairs with the same reference are computed once. Invariant: the slices, read in their order, are
+the pairs in theirs, without those that `PairCounts` counts as left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rc_ray.config import Config
+from rc_ray.errors import DataError, ModelError
+from rc_ray.ledger.storage import Folder
+from rc_ray.models.identity import model_identity
+from rc_ray.models.resolve import local_model
+from rc_ray.rewards.base import Score, reward_dtype
+from rc_ray.training.pairs import SIDES, PairCounts, PairTokenizer, end_tokens
+
+COLUMNS = ["prompt", "chosen", "rejected"]
+REFERENCE = [f"ref_{side}_logps" for side in SIDES]
+SLICE_ROWS = 512
+# Pairs whose given reference log-probs are computed again, and how far the two may differ, relative to the larger of 1 and the log-prob.
+NUM_CHECKED, TOLERANCE = 8, {"float32": 1e-2, "bfloat16": 0.05, "float16": 0.05}
+TOKENS = pa.schema(
+    [
+        ("row", pa.int64()),
+        *((name, pa.list_(pa.int32())) for name in ("prompt_ids", "chosen_ids", "rejected_ids")),
+        *((name, pa.float64()) for name in REFERENCE),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Some rows, in their order."""
+
+    first: int
+    """Number of the first row among all."""
+    parts: tuple[tuple[str, int, int], ...]
+    """File, first row in it, number of rows."""
+
+
+@dataclass(frozen=True)
+class PairsTask:
+    """All that an actor needs; plain values, sent through Ray."""
+
+    pairs: Folder
+    model: str
+    revision: str | None
+    trust_remote_code: bool
+    max_length: int | None
+    on_gpu: bool
+    num_threads: int
+    dtype: str
+    max_batch_tokens: int
+    results: Folder | None = None
+    """Where the log-probs go; None: only a look at the pairs."""
+
+
+class ReadPairs:
+    """A Ray Data actor: tokenizes slices of pairs and looks at them, and computes the log-probs of the reference where they are wanted."""
+
+    def __init__(self, task: PairsTask) -> None:
+        from transformers import AutoTokenizer
+
+        from rc_ray.rewards.language_model import LanguageModel
+
+        self._task, self._model = task, None
+        path = local_model(task.model)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=task.revision, trust_remote_code=task.trust_remote_code)
+        if not tokenizer.chat_template:
+            raise ModelError(
+                f"model = {task.model!r}: its tokenizer has no chat template, so messages cannot be rendered; save one with it"
+            )
+        self._tokenizer = PairTokenizer(tokenizer, end_tokens(path, tokenizer, task.revision), task.max_length)
+        if task.results is not None:
+            if not task.on_gpu:
+                import torch
+
+                torch.set_num_threads(task.num_threads)
+            self._model = LanguageModel(
+                task.model, task.revision, task.trust_remote_code, task.dtype, task.on_gpu, task.max_batch_tokens
+            )
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Slices as JSON in `slice`; adds `counts` and `name`, also as text."""
+        found = [self._read(Slice(**json.loads(text))) for text in batch["slice"]]
+        return {
+            "first": np.array([json.loads(text)["first"] for text in batch["slice"]]),
+            "counts": np.array([json.dumps(counts.__dict__) for counts, _ in found], dtype=object),
+            "name": np.array([name for _, name in found], dtype=object),
+        }
+
+    def _read(self, part: Slice) -> tuple[PairCounts, str]:
+        table = read_slice(self._task.pairs, part)
+        rows, counts = self._tokenizer.tokenize(table.select(COLUMNS).to_pylist(), part.first)
+        if self._task.results is None or self._model is None:
+            return counts, ""
+        content = json.dumps([{key: row[key] for key in row if key != "row"} for row in rows])
+        given = {name: table.column(name).to_pylist() for name in REFERENCE if name in table.column_names}
+        name = f"{hashlib.blake2b((content + json.dumps(given)).encode(), digest_size=16).hexdigest()}.parquet"
+        if not self._task.results.exists(name):
+            scores = self._given(given, rows, part) if given else self._logps(rows)
+            for row, pair in zip(rows, scores, strict=True):
+                row |= dict(zip(REFERENCE, pair, strict=True))
+            self._task.results.write_table(name, pa.Table.from_pylist(rows, schema=TOKENS))
+        return counts, name
+
+    def _logps(self, rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
+        """Log-probs of chosen and rejected of each pair."""
+        assert self._model is not None
+        texts = [row["prompt_ids"] + row[f"{side}_ids"] for row in rows for side in SIDES]
+        starts = [len(row["prompt_ids"]) for row in rows for _ in SIDES]
+        scores = self._model.sums(texts, starts)
+        for i, score in enumerate(scores):
+            if score.value is None:
+                raise DataError(
+                    f"pair {rows[i // 2]['row']}: the reference model gives its {SIDES[i % 2]} answer no log-prob: {score.missing}"
+                )
+        values = [score.value or 0.0 for score in scores]
+        return list(zip(values[::2], values[1::2], strict=True))
+
+    def _given(self, given: dict[str, list[Any]], rows: list[dict[str, Any]], part: Slice) -> list[tuple[float, float]]:
+        """Log-probs that the pairs came with, of which some are computed again."""
+        if len(given) < len(REFERENCE):
+            raise DataError(
+                f"pairs = {self._task.pairs.uri!r}: they have {next(iter(given))} without the other side's; give both or neither"
+            )
+        values = [tuple(given[name][row["row"] - part.first] for name in REFERENCE) for row in rows]
+        for row, pair in zip(rows, values, strict=True):
+            if any(Score.checked(value).value is None for value in pair):
+                raise DataError(
+                    f"pairs = {self._task.pairs.uri!r}: pair {row['row']} has the reference log-probs {pair}; they must be finite numbers"
+                )
+        tolerance = TOLERANCE[self._task.dtype]
+        for row, pair, own in zip(rows, values, self._logps(rows[:NUM_CHECKED]), strict=False):
+            for side, there, here in zip(SIDES, pair, own, strict=True):
+                if abs(there - here) > tolerance * max(1.0, abs(here)):
+                    raise DataError(
+                        f"pairs = {self._task.pairs.uri!r}: ref_{side}_logps of pair {row['row']} is {there:.6g}, and {self._task.model!r} gives {here:.6g} "
+                        f"({self._task.dtype}, tolerance {tolerance:g}); they are of another reference model or template: leave the columns out to have them "
+                        "computed, or give the model they are of"
+                    )
+        return [(float(a), float(b)) for a, b in values]
+
+
+def slices(pairs: Folder) -> list[Slice]:
+    """All rows of a folder's Parquet files in the order of their names, in slices of `SLICE_ROWS`.
+
+    Raises:
+        DataError: a file lacks a column.
+    """
+    filesystem, path = pairs.filesystem()
+    found: list[Slice] = []
+    parts: list[tuple[str, int, int]] = []
+    first = total = 0
+
+    def close() -> None:
+        nonlocal parts, first
+        if parts:
+            found.append(Slice(first, tuple(parts)))
+        parts, first = [], total
+
+    for name in pairs.names(".parquet"):
+        with filesystem.open_input_file(f"{path}/{name}") as file:
+            reader = pq.ParquetFile(file)
+            missing = sorted(set(COLUMNS) - set(reader.schema_arrow.names))
+            if missing:
+                raise DataError(
+                    f"pairs = {pairs.uri!r}: {name} has no column {', '.join(missing)}; expected are prompt, chosen and rejected as message lists"
+                )
+            rows = reader.metadata.num_rows
+        start = 0
+        while start < rows:
+            take = min(rows - start, SLICE_ROWS - (total - first))
+            parts.append((name, start, take))
+            start, total = start + take, total + take
+            if total - first == SLICE_ROWS:
+                close()
+    close()
+    return found
+
+
+def read_slice(pairs: Folder, part: Slice) -> pa.Table:
+    """The rows of a slice: prompt, chosen, rejected, and reference log-probs where every file has them."""
+    tables = []
+    for name, start, count in part.parts:
+        table = pairs.read_table(name)
+        tables.append(table.select([c for c in (*COLUMNS, *REFERENCE) if c in table.column_names]).slice(start, count))
+    return pa.concat_tables(tables, promote_options="default")
+
+
+def look(config: Config, pairs: Folder, num_actors: int, num_cpus: float) -> PairCounts:
+    """Tokenizes all pairs on the connected cluster and counts; computes nothing."""
+    task = pairs_task(config, pairs, False, 1)
+    counts = PairCounts()
+    for _, found, _ in _run(task, pairs, num_actors, num_cpus, 0.0):
+        counts.add(found)
+    return counts
+
+
+def pairs_task(config: Config, pairs: Folder, on_gpu: bool, num_threads: int) -> PairsTask:
+    """What the actors do, for the policy that training starts from, which is the reference."""
+    training = config.training
+    return PairsTask(
+        pairs=pairs,
+        model=config.model,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        max_length=training.max_length,
+        on_gpu=on_gpu,
+        num_threads=num_threads,
+        dtype=reward_dtype(training.dtype, on_gpu),
+        max_batch_tokens=training.reference.max_batch_tokens,
+    )
+
+
+def reference_logps(
+    task: PairsTask, cache: Folder, num_actors: int, num_cpus: float, num_gpus: float
+) -> tuple[Folder, list[str]]:
+    """Computes what is not there yet; the folder of the results, and their names in the pairs' order."""
+    key = hashlib.blake2b(f"{model_identity(task.model, task.revision)} {task.dtype}".encode(), digest_size=8).hexdigest()
+    task = replace(task, results=cache / key)
+    found = sorted((first, name) for first, _, name in _run(task, task.pairs, num_actors, num_cpus, num_gpus))
+    return cache / key, [name for _, name in found]
+
+
+def _run(
+    task: PairsTask, pairs: Folder, num_actors: int, num_cpus: float, num_gpus: float
+) -> Iterator[tuple[int, PairCounts, str]]:
+    """First row, counts and name of every slice, in any order.
+
+    Raises:
+        DataError, ModelError: of an actor.
+    """
+    import ray
+    from ray.data import ActorPoolStrategy
+    from ray.exceptions import RayError
+
+    from rc_ray.errors import RcRayError
+
+    todo = [{"slice": json.dumps(part.__dict__)} for part in slices(pairs)]
+    if not todo:
+        return
+    dataset = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
+        ReadPairs,
+        fn_constructor_args=(task,),
+        batch_size=1,
+        compute=ActorPoolStrategy(size=min(num_actors, len(todo))),
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+    )
+    try:
+        for row in dataset.iter_rows():
+            yield int(row["first"]), PairCounts(**json.loads(row["counts"])), str(row["name"])
+    except RayError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, RcRayError):
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        raise cause or error from None

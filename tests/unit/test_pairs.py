@@ -1,0 +1,129 @@
+"""Pairs as tokens: equal to what TRL makes of them, and every problem found that TRL would train on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rc_ray.errors import ConfigError, DataError
+from rc_ray.training.arguments import check_dpo_arguments, dpo_arguments
+from rc_ray.training.pairs import PairCounts, PairTokenizer, end_tokens
+from tests.conftest import CHAT_TEMPLATE, make_tokenizer
+
+BOS_TEMPLATE = "{{ bos_token }}" + CHAT_TEMPLATE
+
+
+def pair(chosen: str = "hello", rejected: str = "world", prompt: str = "how are you?") -> dict[str, Any]:
+    return {
+        "prompt": [{"role": "system", "content": "be brief"}, {"role": "user", "content": prompt}],
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+    }
+
+
+def look(
+    rows: list[Any], template: str = CHAT_TEMPLATE, max_length: int | None = None, bos: bool = False
+) -> tuple[list[Any], PairCounts]:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    if bos:  # writes it before other texts, as Llama's does
+        from tokenizers.processors import TemplateProcessing
+
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PairTokenizer(tokenizer, frozenset([tokenizer.eos_token_id]), max_length).tokenize(rows)
+
+
+def test_tokens_are_those_that_trl_makes(tiny_policy: Path, tmp_path: Path) -> None:
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    rows = [pair("hello " * i, "world", f"question {i}") for i in range(1, 6)]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_policy)
+    trainer = DPOTrainer(
+        model=str(tiny_policy),
+        args=DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none"),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    kept, counts = PairTokenizer(tokenizer, end_tokens(str(tiny_policy), tokenizer), None).tokenize(rows)
+    assert counts.num_pairs == len(kept) == 5
+    for own, theirs in zip(kept, trainer.train_dataset, strict=True):
+        assert {key: own[key] for key in ("prompt_ids", "chosen_ids", "rejected_ids")} == {
+            key: theirs[key] for key in ("prompt_ids", "chosen_ids", "rejected_ids")
+        }
+    assert counts.longest == max(len(t["prompt_ids"]) + len(t["chosen_ids"]) for t in trainer.train_dataset)
+
+
+@pytest.mark.parametrize(
+    ("problem", "rows", "options"),
+    [
+        ("equal_answers", [pair("same", "same")], {}),
+        ("double_bos", [pair()], {"template": "<s>" + BOS_TEMPLATE, "bos": True}),
+        ("missing_bos", [pair()], {"bos": True}),
+        ("missing_eos", [pair()], {"template": CHAT_TEMPLATE.replace("</s>", "")}),
+        # Renders the number of messages, so a prompt is not the beginning of prompt and answer.
+        ("prompt_not_prefix", [pair()], {"template": "{{ messages|length }}" + CHAT_TEMPLATE}),
+        ("too_long", [pair("hello " * 40)], {"max_length": 60}),
+        ("malformed", [{"prompt": "text", "chosen": "text", "rejected": "text"}], {}),
+    ],
+)
+def test_each_problem_is_found_and_said(problem: str, rows: list[Any], options: dict[str, Any]) -> None:
+    kept, counts = look(rows, **options)
+    assert kept == []
+    assert counts.problems == {problem: 1}
+    with pytest.raises(DataError, match=rf"1 x {problem}: pair 0 "):
+        counts.check("pairs", options.get("max_length"), 0.0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"template": BOS_TEMPLATE, "bos": True}, {"template": CHAT_TEMPLATE.replace("</s>", "</s>\n")}],
+)
+def test_good_pairs_pass(options: dict[str, Any]) -> None:
+    kept, counts = look([pair(), pair("are", "you")], **options)
+    assert [row["row"] for row in kept] == [0, 1]
+    counts.check("pairs", None, 0.0)
+
+
+def test_pairs_that_are_too_long_are_left_out_up_to_a_share() -> None:
+    kept, counts = look([pair("hello " * 40), *[pair()] * 3], max_length=60)
+    assert [row["row"] for row in kept] == [1, 2, 3]
+    counts.check("pairs", 60, 0.25)
+    with pytest.raises(DataError, match=r"1 x too_long.*max_length = 60.*max_too_long_fraction = 0\.2"):
+        counts.check("pairs", 60, 0.2)
+
+
+def test_counts_of_parts_add_up() -> None:
+    whole, first, second = PairCounts(), look([pair("same", "same"), pair()])[1], look([pair("hello " * 9), pair("a", "a")])[1]
+    for part in (first, second):
+        whole.add(part)
+    assert (whole.num_pairs, whole.problems["equal_answers"], whole.longest) == (4, 2, second.longest)
+    assert whole.num_tokens == first.num_tokens + second.num_tokens
+    assert whole.examples == {"equal_answers": "pair 0"}
+    with pytest.raises(DataError, match="there is no pair"):
+        PairCounts().check("pairs", None, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"label_smothing": 0.1}, "no such field; did you mean 'label_smoothing'"),
+        ({"beta": 0.2}, r"is set by training\.beta"),
+        ({"ld_alpha": 0.5}, "only sums are kept"),
+    ],
+)
+def test_fields_of_trl_are_checked(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_dpo_arguments(given)
+
+
+def test_all_fields_of_trl_are_known() -> None:
+    from dataclasses import fields
+
+    from trl import DPOConfig
+
+    assert {field.name for field in fields(DPOConfig) if field.init and not field.name.startswith("_")} <= dpo_arguments()
+    check_dpo_arguments({"label_smoothing": 0.1, "max_grad_norm": 0.5, "optim": "adamw_torch"})
