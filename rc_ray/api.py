@@ -362,6 +362,7 @@ def train_reward(
     from rc_ray.ledger.lock import DriverLock
     from rc_ray.pipeline.cluster import connected
     from rc_ray.pipeline.progress import live_progress
+    from rc_ray.training.workers import remove
 
     chosen = load_reward_training(options or {})
     if output.startswith("embedded:"):
@@ -369,17 +370,19 @@ def train_reward(
             pairs, output, chosen, lambda done, total, loss: emit(f"train-reward  {done}/{total} pairs  loss {loss:.3f}")
         )
     prepared = prepare(pairs, output, chosen)
-    if prepared.result is not None:
-        return prepared.result
-    settings = ClusterConfig()
-    with DriverLock(prepared.work, emit), connected(settings) as cluster:
-        offered, what = (cluster.gpus, "GPUs") if cluster.gpus else (cluster.cpus, "CPUs")
-        if chosen.num_workers > offered:
-            raise ClusterError(
-                f"num_workers = {chosen.num_workers}: {cluster.description} has {offered:g} {what}; lower it, or add nodes"
-            )
-        with live_progress(settings.progress_interval_s, emit) as board:
-            return train_on_ray(prepared, 1.0 if cluster.gpus else 0.0, board)
+    result, settings = prepared.result, ClusterConfig()
+    if result is None:
+        with DriverLock(prepared.work, emit), connected(settings) as cluster:
+            offered, what = (cluster.gpus, "GPUs") if cluster.gpus else (cluster.cpus, "CPUs")
+            if chosen.num_workers > offered:
+                raise ClusterError(
+                    f"num_workers = {chosen.num_workers}: {cluster.description} has {offered:g} {what}; lower it, or add nodes"
+                )
+            with live_progress(settings.progress_interval_s, emit) as board:
+                result = train_on_ray(prepared, 1.0 if cluster.gpus else 0.0, board)
+    if prepared.work.exists():
+        remove(prepared.work)
+    return result
 
 
 def report(run_directory: str) -> str:

@@ -67,7 +67,7 @@ class RewardTrainingConfig(Section):
     lora_rank: int | None = Field(None, ge=1)
     """Train a LoRA of this rank on all linear layers instead of the whole network; it is merged into the result."""
 
-    lora_alpha: float = Field(16.0, gt=0)
+    lora_alpha: int = Field(16, ge=1)
     """The LoRA is scaled by lora_alpha / lora_rank."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -210,7 +210,7 @@ def train_here(pairs: str | Mapping[str, str], output: str, options: RewardTrain
 
 
 def train_on_ray(prepared: Prepared, num_gpus: float, board: Any, stage: str = "train-reward") -> RewardTrainingResult:
-    """Trains on the connected cluster, or goes on where it was killed.
+    """Trains on the connected cluster, or goes on where it was killed; `prepared.work` is left to the caller to remove.
 
     Args:
         prepared: with `encoded`.
@@ -222,7 +222,7 @@ def train_on_ray(prepared: Prepared, num_gpus: float, board: Any, stage: str = "
     """
     import ray
 
-    from rc_ray.training.workers import fit, remove
+    from rc_ray.training.workers import fit
 
     assert prepared.encoded is not None
     started, options, work = time.monotonic(), prepared.options, prepared.work
@@ -234,9 +234,7 @@ def train_on_ray(prepared: Prepared, num_gpus: float, board: Any, stage: str = "
     task = RewardTask(list(prepared.encoded.counts), options, prepared.output, work, num_gpus > 0, stage)
     fit(EXPERIMENT, ray_worker, {"task": task, "board": board}, work, options.num_workers, 1.0, num_gpus, options.max_failures)
     facts, judged = (work / EXPERIMENT).read_json(FACTS), (work / EXPERIMENT).read_table(DIFFERENCES)
-    result = _record(prepared, prepared.output, facts, judged, time.monotonic() - started)
-    remove(work)
-    return result
+    return _record(prepared, prepared.output, facts, judged, time.monotonic() - started)
 
 
 def _record(

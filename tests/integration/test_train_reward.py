@@ -125,7 +125,7 @@ def test_a_head_per_objective_is_used_by_its_name(folder: Path, tmp_path: Path, 
 def test_a_lora_is_merged_and_changes_no_layer_by_more_than_its_rank(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result, output = train(folder, tmp_path, monkeypatch, lora_rank=2, lora_alpha=8.0, learning_rate=5e-3)
+    result, output = train(folder, tmp_path, monkeypatch, lora_rank=2, lora_alpha=8, learning_rate=5e-3)
     assert all(s.accuracy > 0.9 for s in result.sets.values())
     base, tuned = (
         AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32).state_dict()

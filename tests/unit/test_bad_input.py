@@ -257,7 +257,7 @@ def test_preferences_that_are_no_parquet_are_a_data_error(tmp_path: Path) -> Non
         ({"method": "most"}, "method = 'most'"),
         ({"momentum": 0.5}, "momentum has no effect without method more"),
         ({"method": "multitask", "normalize": "l2"}, "normalize has no effect without method more"),
-        ({"lora_alpha": 8.0}, "lora_alpha has no effect without lora_rank"),
+        ({"lora_alpha": 8}, "lora_alpha has no effect without lora_rank"),
         ({"method": "more", "heads": "per_objective"}, "can never conflict"),
         ({"batch_size": 10, "num_workers": 4}, r"not a multiple of num_workers x per_device_batch_size \(4 x 1\); set it to 8"),
     ],

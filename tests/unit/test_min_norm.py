@@ -14,16 +14,16 @@ from rc_ray.core.min_norm import Floats, min_norm_weights
 
 def brute_force(vectors: Floats) -> float:
     """The smallest norm, exactly: for every support, the stationary point of ||sum w v||^2 on the plane sum w = 1, where it is feasible."""
-    best = np.inf
+    best, unit = np.inf, np.abs(vectors).max()
     for size in range(1, len(vectors) + 1):
         for support in combinations(range(len(vectors)), size):
-            v = vectors[list(support)]
+            v = vectors[list(support)] / unit
             # KKT system of the equality-constrained problem.
             system = np.block([[2 * v @ v.T, np.ones((size, 1))], [np.ones((1, size)), np.zeros((1, 1))]])
             w = np.linalg.lstsq(system, np.append(np.zeros(size), 1.0), rcond=1e-12)[0][:size]
             if (w >= -1e-9).all() and abs(w.sum() - 1) < 1e-6:
                 w = np.clip(w, 0, None) / np.clip(w, 0, None).sum()
-                best = min(best, float(np.linalg.norm(w @ v)))
+                best = min(best, unit * float(np.linalg.norm(w @ v)))
     return best
 
 
