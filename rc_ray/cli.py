@@ -91,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
             stage.add_argument("--report", action="store_true", help="also print numbers about the data, and write report.json")
             stage.set_defaults(handler=_select)
         if name == "train":
+            stage.add_argument("--list-recipes", action=_ListRecipes, help="show what training.recipe can be, and end")
             stage.add_argument("--preflight", action="store_true", help="only look for what is wrong with the pairs")
             stage.set_defaults(handler=_train)
 
@@ -162,6 +163,18 @@ def _parser() -> argparse.ArgumentParser:
         reward.add_argument(flag, dest=name, help=shown, **switch)
     reward.set_defaults(handler=_train_reward)
     return parser
+
+
+class _ListRecipes(argparse.Action):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(nargs=0, **kwargs)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        from rc_ray.training.recipes import RECIPES
+
+        for name, line in RECIPES.items():
+            _emit(f"{name:16}  {line}")
+        parser.exit()
 
 
 def _config_options(parser: argparse.ArgumentParser, help_text: str, optional: bool = False) -> None:

@@ -200,6 +200,11 @@ class GenerationConfig(Section):
         return self
 
 
+Recipe = Literal["dpo", "mix", "sequential", "modpo", "soup", "raco", "reward_augmented"]
+# Options of `training` that only some recipes use.
+RECIPE_OPTIONS = {"weights": ("mix", "modpo", "soup", "raco"), "primary": ("modpo",), "conflict": ("raco",)}
+
+
 class ReferenceConfig(Section):
     """The pass over the pairs before training, which computes the reference model's log-probs. The reference is the policy that training starts
     from."""
@@ -228,6 +233,18 @@ class TrainingConfig(Section):
 
     num_gpus_per_worker: float | None = deployment(None, ge=0)
     """Ray GPUs per worker. None: 1 when the cluster has GPUs, otherwise 0."""
+
+    recipe: Recipe = "dpo"
+    """How pairs become a policy. `dpo`: as selected. The others are for comparison and need pairs with rewards; see `rc-ray train --list-recipes`."""
+
+    weights: dict[str, float] = {}
+    """Weight of each objective in `mix`, `modpo`, `soup` and `raco`, brought to the sum 1. Empty: all rewards of the pairs, equally."""
+
+    primary: str | None = None
+    """`modpo`: the objective whose order of the pairs is learned, with the others as margins."""
+
+    conflict: float = Field(0.4, ge=0, lt=1)
+    """`raco`: how far a step may turn away from the weighted gradient (c in the paper), relative to it."""
 
     beta: float = Field(0.1, gt=0)
     """Strength of the pull to the reference model."""
@@ -279,6 +296,19 @@ class TrainingConfig(Section):
 
     @model_validator(mode="after")
     def _batch(self) -> TrainingConfig:
+        for name, recipes in RECIPE_OPTIONS.items():
+            if self.recipe not in recipes and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} has no effect on recipe {self.recipe}; it is for {', '.join(recipes)}")
+        if self.recipe == "modpo" and self.primary is None:
+            raise ValueError("recipe modpo needs primary, the objective whose order of the pairs is learned")
+        if any(weight < 0 for weight in self.weights.values()) or (self.weights and not sum(self.weights.values())):
+            raise ValueError("weights must not be negative, and not all 0")
+        if self.primary is not None and self.weights and not self.weights.get(self.primary):
+            raise ValueError(
+                f"weights: modpo divides by the weight of its primary objective {self.primary!r}; give it one above 0"
+            )
+        if self.recipe in ("mix", "modpo", "raco") and self.loss_type != "sigmoid":
+            raise ValueError(f"recipe {self.recipe} has a loss of its own; loss_type has no effect on it, leave it out")
         if self.max_too_long_fraction and self.max_length is None:
             raise ValueError(
                 "max_too_long_fraction has no effect without max_length, which then fits the longest pair; set it, or leave it out"

@@ -14,18 +14,21 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 
 from rc_ray.config import Config, TrainingConfig
+from rc_ray.errors import ConfigError, DataError
 from rc_ray.ledger.storage import Folder
 from rc_ray.models.resolve import local_model
+from rc_ray.training.pairs import PairCounts
+from rc_ray.training.recipes import objective_weights
 from rc_ray.training.reference import look, pairs_task, reference_logps
-from rc_ray.training.workers import checkpoint_callback, fit, join, leave, remove, save_model
+from rc_ray.training.workers import checkpoint_callback, fit, join, leave, remove, save, save_model
 
-EXPERIMENT = "dpo"
+EXPERIMENT, RECORD = "dpo", "rc_ray_training.json"
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class TrainingTask:
     tokens: Folder
     """With the files of `names`, in their order: `reference.TOKENS`."""
     names: list[str]
+    objectives: list[str]
+    """Of the rewards' differences in `tokens`."""
     output: Folder
     work: Folder
     training: TrainingConfig
@@ -69,18 +74,7 @@ def preflight(config: Config, pairs: Folder, num_cpus: float) -> Preflight:
     Raises:
         DataError: no pair, or what is wrong with how many of them.
     """
-    training = config.training
-    counts = look(config, pairs, training.num_workers, min(1.0, num_cpus))
-    counts.check(pairs.uri, training.max_length, training.max_too_long_fraction)
-    kept = counts.num_pairs - counts.problems["too_long"]
-    return Preflight(
-        num_pairs=kept,
-        longest_pair=counts.longest,
-        max_length=training.max_length or counts.longest,
-        steps=training.max_steps or math.ceil(math.ceil(kept / training.global_batch_size) * training.num_epochs),
-        repeated=-kept % (training.num_workers * training.per_device_batch_size),
-        too_long=counts.problems["too_long"],
-    )
+    return _look(config, pairs, num_cpus)[0]
 
 
 def train_dpo(
@@ -111,16 +105,93 @@ def train_dpo(
         DataError: see `preflight`.
         ClusterError: training failed more often than max_failures.
     """
+    training = config.training
+    facts, counts = _look(config, pairs, train_cpus)
+    objectives = sorted(counts.rewards)
+    _check_recipe(training, objectives)
+    kept = cache if training.reference.folder is None else Folder.at(training.reference.folder)
+    resources = (train_cpus, train_gpus)
+    if training.recipe not in ("sequential", "soup"):
+        scales = {name: (low, high) for name, (low, high) in counts.rewards.items()}
+        prepared = {"objective": training.primary, "scales": scales if training.recipe == "reward_augmented" else None}
+        done = _train_one(config, pairs, prepared, objectives, output, work, kept, resources, board, stage)
+    else:
+        done, models = {"log_history": []}, []
+        for number, name in enumerate(objectives):
+            is_last = number == len(objectives) - 1
+            target = output if training.recipe == "sequential" and is_last else work / "models" / name
+            given = config
+            if training.recipe == "sequential" and models:
+                given = config.model_copy(update={"model": models[-1].uri, "revision": None})
+            if not target.exists(RECORD):
+                found = _train_one(
+                    given, pairs, {"objective": name}, objectives, target, work / name, kept, resources, board, stage
+                )
+                target.write_json(RECORD, found)
+            done = {**done, **(record := target.read_json(RECORD)), "log_history": done["log_history"] + record["log_history"]}
+            models.append(target)
+        output.remove(RECORD)
+        if training.recipe == "soup":
+            _on_a_node(average, train_cpus, models, objective_weights(training, objectives), output)
+    if work.exists():
+        remove(work)
+    return {**asdict(facts), **done, "recipe": training.recipe}
+
+
+def _look(config: Config, pairs: Folder, num_cpus: float) -> tuple[Preflight, PairCounts]:
+    training = config.training
+    counts = look(config, pairs, training.num_workers, min(1.0, num_cpus))
+    counts.check(pairs.uri, training.max_length, training.max_too_long_fraction)
+    return _facts(training, counts), counts
+
+
+def _facts(training: TrainingConfig, counts: PairCounts) -> Preflight:
+    kept = counts.num_pairs - counts.problems["too_long"]
+    return Preflight(
+        num_pairs=kept,
+        longest_pair=counts.longest,
+        max_length=training.max_length or counts.longest,
+        steps=training.max_steps or math.ceil(math.ceil(kept / training.global_batch_size) * training.num_epochs),
+        repeated=-kept % (training.num_workers * training.per_device_batch_size),
+        too_long=counts.problems["too_long"],
+    )
+
+
+def _check_recipe(training: TrainingConfig, objectives: list[str]) -> None:
+    """Names in the options of a recipe.
+
+    Raises:
+        ConfigError: pairs have no such objective.
+    """
+    named = [*training.weights, *([training.primary] if training.primary else [])]
+    unknown = sorted(set(named) - set(objectives))
+    if unknown:
+        raise ConfigError(
+            f"training.{'primary' if unknown[0] == training.primary else 'weights'}: the pairs have no rewards for {unknown[0]!r}; they have "
+            f"{', '.join(objectives)}"
+        )
+    if training.recipe != "dpo" and training.recipe != "reward_augmented" and len(objectives) < 2:
+        raise ConfigError(
+            f"training.recipe = {training.recipe}: needs pairs with rewards of two objectives; they have {', '.join(objectives)}"
+        )
+
+
+def _train_one(
+    config: Config, pairs: Folder, prepared: dict[str, Any], objectives: list[str], output: Folder, work: Folder, cache: Folder,
+    resources: tuple[float, float], board: Any, stage: str,
+) -> dict[str, Any]:  # fmt: skip
+    """One training of one policy, on pairs that are `prepared` for the recipe."""
     import ray
 
     from rc_ray.generation.hardware import num_cores
 
-    training = config.training
-    facts = preflight(config, pairs, train_cpus)
+    training, (num_cpus, num_gpus) = config.training, resources
     actors = training.reference.num_actors or training.num_workers
-    reading = pairs_task(config, pairs, train_gpus > 0, max(1, num_cores() // actors))
-    kept = cache if training.reference.folder is None else Folder.at(training.reference.folder)
-    tokens, names = reference_logps(reading, kept, actors, train_cpus, train_gpus)
+    reading = replace(pairs_task(config, pairs, num_gpus > 0, max(1, num_cores() // actors)), **prepared)
+    tokens, names, counts = reference_logps(reading, cache, actors, num_cpus, num_gpus)
+    if counts.num_pairs == counts.problems["too_long"]:
+        raise DataError(f"pairs = {pairs.uri!r}: no pair is ordered by {prepared.get('objective')!r}; leave the objective out")
+    facts = _facts(training, counts)
     ray.get(board.begin.remote(stage, "pairs", facts.steps * training.global_batch_size))
     task = TrainingTask(
         model=config.model,
@@ -128,13 +199,14 @@ def train_dpo(
         trust_remote_code=config.trust_remote_code,
         tokens=tokens,
         names=names,
+        objectives=objectives,
         output=output,
         work=work,
         training=training,
         seed=config.seed,
         steps=facts.steps,
         max_length=facts.max_length,
-        on_gpu=train_gpus > 0,
+        on_gpu=num_gpus > 0,
         stage=stage,
     )
     fit(
@@ -143,13 +215,39 @@ def train_dpo(
         {"task": task, "board": board},
         work,
         training.num_workers,
-        train_cpus,
-        train_gpus,
+        num_cpus,
+        num_gpus,
         training.max_failures,
     )
     history = (work / EXPERIMENT).read_json("log_history.json")
-    remove(work)
     return {**asdict(facts), "log_history": history}
+
+
+def _on_a_node(function: Any, num_cpus: float, *arguments: Any) -> None:
+    """Runs a function as a Ray task."""
+    import ray
+
+    ray.get(ray.remote(num_cpus=min(1.0, num_cpus))(function).remote(*arguments))  # type: ignore[attr-defined]
+
+
+def average(models: list[Folder], weights: list[float], output: Folder) -> None:
+    """Writes the weighted mean of policies' weights, one model after the other in memory (rewarded soups, arXiv 2306.04488)."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    mean: Any = None
+    for folder, weight in zip(models, weights, strict=True):
+        model = AutoModelForCausalLM.from_pretrained(local_model(folder.uri), dtype=torch.float32, use_safetensors=True)
+        with torch.no_grad():
+            if mean is None:
+                mean = model
+                for parameter in mean.parameters():
+                    parameter.mul_(weight)
+            else:
+                for parameter, other in zip(mean.parameters(), model.parameters(), strict=True):
+                    parameter.add_(other, alpha=weight)
+    tokenizer = AutoTokenizer.from_pretrained(local_model(models[0].uri))
+    save(output, mean, tokenizer)
 
 
 def _worker(loop_config: dict[str, Any]) -> None:
@@ -159,8 +257,9 @@ def _worker(loop_config: dict[str, Any]) -> None:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from transformers.trainer_callback import PrinterCallback
-    from trl import DPOConfig, DPOTrainer
-    from trl.trainer import dpo_trainer
+    from trl import DPOConfig
+
+    from rc_ray.training.trainer import ReferenceDPOTrainer
 
     task: TrainingTask = loop_config["task"]
     board = loop_config["board"]
@@ -177,17 +276,6 @@ def _worker(loop_config: dict[str, Any]) -> None:
 
         _tokens = 0
 
-    class ReferenceDPOTrainer(DPOTrainer):  # type: ignore[misc]
-        """Takes rows that are tokens and log-probs of the reference already, for which TRL has no door."""
-
-        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
-            return dataset
-
-        def _precompute_ref_logps(self, dataset: Any, *_: Any, **__: Any) -> Any:
-            return dataset
-
-    # Of all weights, for the name of a cache of log-probs that is not used here.
-    dpo_trainer.hash_module = lambda module: ""
     path = local_model(task.model)
     options = {"revision": task.revision, "trust_remote_code": task.trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(path, **options)
@@ -201,6 +289,8 @@ def _worker(loop_config: dict[str, Any]) -> None:
     else:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True, **options)
         trainer = ReferenceDPOTrainer(
+            training,
+            task.objectives,
             model=model,
             args=DPOConfig(
                 output_dir=str(place.shared),

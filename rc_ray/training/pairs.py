@@ -41,6 +41,8 @@ class PairCounts:
     """Pairs by what is wrong with them."""
     examples: dict[str, str] = field(default_factory=dict)
     """The first pair of each problem."""
+    rewards: dict[str, list[float]] = field(default_factory=dict)
+    """Smallest and largest reward of each objective, where pairs have rewards."""
 
     def add(self, other: PairCounts) -> None:
         """Takes in those of later pairs."""
@@ -49,6 +51,9 @@ class PairCounts:
         self.num_tokens += other.num_tokens
         self.problems.update(other.problems)
         self.examples = {**other.examples, **self.examples}
+        for name, (low, high) in other.rewards.items():
+            known = self.rewards.get(name, [low, high])
+            self.rewards[name] = [min(known[0], low), max(known[1], high)]
 
     def check(self, where: str, max_length: int | None, max_too_long: float) -> None:
         """Refuses pairs that TRL would train on wrongly.
@@ -112,7 +117,12 @@ class PairTokenizer:
             lengths = [len(ids["prompt_ids"]) + len(ids[f"{side}_ids"]) for side in SIDES]
             counts.longest = max(counts.longest, *lengths)
             counts.num_tokens += sum(lengths)
-            kept.append({"row": number, **ids})
+            rewards = [row.get(f"rewards_{side}") or {} for side in SIDES]
+            names = sorted(rewards[0])
+            for name in names:
+                values = [side[name] for side in rewards]
+                counts.add(PairCounts(rewards={name: [min(values), max(values)]}))
+            kept.append({"row": number, **ids, "differences": [rewards[0][name] - rewards[1][name] for name in names]})
         return kept, counts
 
     def _ids(self, row: dict[str, Any]) -> dict[str, list[int]]:

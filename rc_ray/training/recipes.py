@@ -15,9 +15,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rc_ray.config import TrainingConfig
 from rc_ray.core.ids import Message
 
 Floats = NDArray[np.float64]
+# One line each, as `rc-ray train --list-recipes` shows them.
+RECIPES = {
+    "dpo": "DPO on the pairs as selected (arXiv 2305.18290)",
+    "mix": "DPO on every objective's own order of the pairs, losses weighted by training.weights",
+    "sequential": "DPO on one objective's order after the other, in the order of the pairs' rewards; each policy is the next one's reference",
+    "modpo": "DPO on training.primary's order, the other objectives' weighted rewards as margins (arXiv 2310.03708)",
+    "soup": "a policy for each objective by DPO on its order, then the mean of their weights by training.weights (arXiv 2306.04488)",
+    "raco": "mix, with each step turned away from conflicts between the objectives, at most by training.conflict (arXiv 2602.02495)",
+    "reward_augmented": "DPO on every pair twice, each answer's scores once the goal in the system message (arXiv 2410.08067)",
+}
 # Scores of goals are on a scale of so many steps, as in the paper.
 GOAL_STEPS = 10
 GOAL = "The answer should get these scores out of 10: {}."
@@ -94,17 +105,15 @@ def raco_coefficients(gram: Floats, weights: Floats, conflict: float) -> Floats:
 
 def oriented(rows: Iterable[dict[str, Any]], objective: str) -> list[dict[str, Any]]:
     """Pairs with the winner that one objective prefers; those that it does not order are left out. For `sequential`, `soup` and `modpo`."""
+    sides = {"chosen": "rejected", "rewards_chosen": "rewards_rejected", "ref_chosen_logps": "ref_rejected_logps"}
+    both = sides | {other: one for one, other in sides.items()}
     found = []
     for row in rows:
         chosen, rejected = row["rewards_chosen"][objective], row["rewards_rejected"][objective]
         if chosen > rejected:
             found.append(row)
         elif chosen < rejected:
-            found.append(
-                row
-                | {"chosen": row["rejected"], "rejected": row["chosen"]}
-                | {"rewards_chosen": row["rewards_rejected"], "rewards_rejected": row["rewards_chosen"]}
-            )
+            found.append({name: row[both.get(name, name)] for name in row})
     return found
 
 
@@ -121,9 +130,9 @@ def reward_augmented(rows: Iterable[dict[str, Any]], scales: dict[str, tuple[flo
             rewards = row[f"rewards_{goal}"]
             if rewards == row[f"rewards_{other}"]:
                 continue
+            # Log-probs of a reference were for the prompt without a goal.
             found.append(
-                row
-                | {"prompt": with_goal(row["prompt"], rewards, scales), "chosen": row[goal], "rejected": row[other]}
+                {"prompt": with_goal(row["prompt"], rewards, scales), "chosen": row[goal], "rejected": row[other]}
                 | {"rewards_chosen": rewards, "rewards_rejected": row[f"rewards_{other}"]}
             )
     return found
@@ -139,3 +148,9 @@ def with_goal(prompt: Sequence[Message], rewards: dict[str, float], scales: dict
     if prompt and prompt[0]["role"] == "system":
         return [{"role": "system", "content": f"{prompt[0]['content']}\n{goal}"}, *prompt[1:]]
     return [{"role": "system", "content": goal}, *prompt]
+
+
+def objective_weights(training: TrainingConfig, objectives: list[str]) -> list[float]:
+    """The weights of the objectives, with the sum 1."""
+    given = [float(training.weights.get(name, 0.0)) if training.weights else 1.0 for name in objectives]
+    return [weight / sum(given) for weight in given]

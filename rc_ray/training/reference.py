@@ -26,6 +26,7 @@ from rc_ray.rewards.base import Score, reward_dtype
 from rc_ray.training.pairs import SIDES, PairCounts, PairTokenizer, end_tokens
 
 COLUMNS = ["prompt", "chosen", "rejected"]
+REWARDS = ["rewards_chosen", "rewards_rejected"]
 REFERENCE = [f"ref_{side}_logps" for side in SIDES]
 SLICE_ROWS = 512
 # Pairs whose given reference log-probs are computed again, and how far the two may differ, relative to the larger of 1 and the log-prob.
@@ -35,6 +36,7 @@ TOKENS = pa.schema(
         ("row", pa.int64()),
         *((name, pa.list_(pa.int32())) for name in ("prompt_ids", "chosen_ids", "rejected_ids")),
         *((name, pa.float64()) for name in REFERENCE),
+        ("differences", pa.list_(pa.float64())),
     ]
 )
 
@@ -62,6 +64,11 @@ class PairsTask:
     num_threads: int
     dtype: str
     max_batch_tokens: int
+    recipe: str
+    objective: str | None = None
+    """Whose order the pairs are turned to."""
+    scales: dict[str, tuple[float, float]] | None = None
+    """For `reward_augmented`: smallest and largest reward of each objective."""
     results: Folder | None = None
     """Where the log-probs go; None: only a look at the pairs."""
 
@@ -101,19 +108,29 @@ class ReadPairs:
         }
 
     def _read(self, part: Slice) -> tuple[PairCounts, str]:
-        table = read_slice(self._task.pairs, part)
-        rows, counts = self._tokenizer.tokenize(table.select(COLUMNS).to_pylist(), part.first)
+        pairs = self._prepared(read_slice(self._task.pairs, part))
+        rows, counts = self._tokenizer.tokenize(pairs, part.first)
         if self._task.results is None or self._model is None:
             return counts, ""
-        content = json.dumps([{key: row[key] for key in row if key != "row"} for row in rows])
-        given = {name: table.column(name).to_pylist() for name in REFERENCE if name in table.column_names}
-        name = f"{hashlib.blake2b((content + json.dumps(given)).encode(), digest_size=16).hexdigest()}.parquet"
+        given = [tuple(pairs[row["row"] - part.first].get(name) for name in REFERENCE) for row in rows]
+        content = json.dumps([rows, given])
+        name = f"{hashlib.blake2b(content.encode(), digest_size=16).hexdigest()}.parquet"
         if not self._task.results.exists(name):
-            scores = self._given(given, rows, part) if given else self._logps(rows)
+            scores = self._logps(rows) if all(pair == (None, None) for pair in given) else self._given(given, rows)
             for row, pair in zip(rows, scores, strict=True):
                 row |= dict(zip(REFERENCE, pair, strict=True))
             self._task.results.write_table(name, pa.Table.from_pylist(rows, schema=TOKENS))
         return counts, name
+
+    def _prepared(self, table: pa.Table) -> list[dict[str, Any]]:
+        """The pairs as the recipe wants them."""
+        from rc_ray.training.recipes import oriented, reward_augmented
+
+        task = self._task
+        rows: list[dict[str, Any]] = table.to_pylist()
+        if task.objective is not None:
+            return oriented(rows, task.objective)
+        return reward_augmented(rows, task.scales) if task.scales is not None else rows
 
     def _logps(self, rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
         """Log-probs of chosen and rejected of each pair."""
@@ -129,20 +146,16 @@ class ReadPairs:
         values = [score.value or 0.0 for score in scores]
         return list(zip(values[::2], values[1::2], strict=True))
 
-    def _given(self, given: dict[str, list[Any]], rows: list[dict[str, Any]], part: Slice) -> list[tuple[float, float]]:
+    def _given(self, given: list[tuple[Any, ...]], rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
         """Log-probs that the pairs came with, of which some are computed again."""
-        if len(given) < len(REFERENCE):
-            raise DataError(
-                f"pairs = {self._task.pairs.uri!r}: they have {next(iter(given))} without the other side's; give both or neither"
-            )
-        values = [tuple(given[name][row["row"] - part.first] for name in REFERENCE) for row in rows]
-        for row, pair in zip(rows, values, strict=True):
+        for row, pair in zip(rows, given, strict=True):
             if any(Score.checked(value).value is None for value in pair):
                 raise DataError(
-                    f"pairs = {self._task.pairs.uri!r}: pair {row['row']} has the reference log-probs {pair}; they must be finite numbers"
+                    f"pairs = {self._task.pairs.uri!r}: pair {row['row']} has the reference log-probs {pair}; they must be finite numbers, of both "
+                    "answers and in all pairs, or in none"
                 )
         tolerance = TOLERANCE[self._task.dtype]
-        for row, pair, own in zip(rows, values, self._logps(rows[:NUM_CHECKED]), strict=False):
+        for row, pair, own in zip(rows, given, self._logps(rows[:NUM_CHECKED]), strict=False):
             for side, there, here in zip(SIDES, pair, own, strict=True):
                 if abs(there - here) > tolerance * max(1.0, abs(here)):
                     raise DataError(
@@ -150,10 +163,10 @@ class ReadPairs:
                         f"({self._task.dtype}, tolerance {tolerance:g}); they are of another reference model or template: leave the columns out to have them "
                         "computed, or give the model they are of"
                     )
-        return [(float(a), float(b)) for a, b in values]
+        return [(float(a), float(b)) for a, b in given]
 
 
-def slices(pairs: Folder) -> list[Slice]:
+def slices(pairs: Folder, recipe: str = "dpo") -> list[Slice]:
     """All rows of a folder's Parquet files in the order of their names, in slices of `SLICE_ROWS`.
 
     Raises:
@@ -173,10 +186,11 @@ def slices(pairs: Folder) -> list[Slice]:
     for name in pairs.names(".parquet"):
         with filesystem.open_input_file(f"{path}/{name}") as file:
             reader = pq.ParquetFile(file)
-            missing = sorted(set(COLUMNS) - set(reader.schema_arrow.names))
+            missing = sorted(set(COLUMNS if recipe == "dpo" else COLUMNS + REWARDS) - set(reader.schema_arrow.names))
             if missing:
                 raise DataError(
                     f"pairs = {pairs.uri!r}: {name} has no column {', '.join(missing)}; expected are prompt, chosen and rejected as message lists"
+                    + ("" if recipe == "dpo" else f", and for recipe {recipe} the rewards of both, as `select` writes them")
                 )
             rows = reader.metadata.num_rows
         start = 0
@@ -195,7 +209,9 @@ def read_slice(pairs: Folder, part: Slice) -> pa.Table:
     tables = []
     for name, start, count in part.parts:
         table = pairs.read_table(name)
-        tables.append(table.select([c for c in (*COLUMNS, *REFERENCE) if c in table.column_names]).slice(start, count))
+        tables.append(
+            table.select([c for c in (*COLUMNS, *REWARDS, *REFERENCE) if c in table.column_names]).slice(start, count)
+        )
     return pa.concat_tables(tables, promote_options="default")
 
 
@@ -221,17 +237,20 @@ def pairs_task(config: Config, pairs: Folder, on_gpu: bool, num_threads: int) ->
         num_threads=num_threads,
         dtype=reward_dtype(training.dtype, on_gpu),
         max_batch_tokens=training.reference.max_batch_tokens,
+        recipe=training.recipe,
     )
 
 
 def reference_logps(
     task: PairsTask, cache: Folder, num_actors: int, num_cpus: float, num_gpus: float
-) -> tuple[Folder, list[str]]:
-    """Computes what is not there yet; the folder of the results, and their names in the pairs' order."""
+) -> tuple[Folder, list[str], PairCounts]:
+    """Computes what is not there yet; the folder of the results, their names in the pairs' order, and counts."""
     key = hashlib.blake2b(f"{model_identity(task.model, task.revision)} {task.dtype}".encode(), digest_size=8).hexdigest()
-    task = replace(task, results=cache / key)
-    found = sorted((first, name) for first, _, name in _run(task, task.pairs, num_actors, num_cpus, num_gpus))
-    return cache / key, [name for _, name in found]
+    task, counts, found = replace(task, results=cache / key), PairCounts(), []
+    for first, part, name in _run(task, task.pairs, num_actors, num_cpus, num_gpus):
+        counts.add(part)
+        found.append((first, name))
+    return cache / key, [name for _, name in sorted(found)], counts
 
 
 def _run(
@@ -248,7 +267,7 @@ def _run(
 
     from rc_ray.errors import RcRayError
 
-    todo = [{"slice": json.dumps(part.__dict__)} for part in slices(pairs)]
+    todo = [{"slice": json.dumps(part.__dict__)} for part in slices(pairs, task.recipe)]
     if not todo:
         return
     dataset = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(

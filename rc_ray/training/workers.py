@@ -121,9 +121,13 @@ def leave(place: Place) -> None:
 
 
 def save_model(place: Place, output: Folder, *parts: Any) -> None:
-    """Writes what has a `save_pretrained` (model, tokenizer) to `output`, from rank 0."""
-    if place.rank != 0:
-        return
+    """`save` on rank 0."""
+    if place.rank == 0:
+        save(output, *parts)
+
+
+def save(output: Folder, *parts: Any) -> None:
+    """Writes what has a `save_pretrained` (model, tokenizer) to `output`."""
     with tempfile.TemporaryDirectory(prefix="rc_ray-model-") as scratch:
         for part in parts:
             part.save_pretrained(scratch)
