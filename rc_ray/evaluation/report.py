@@ -8,10 +8,10 @@ from __future__ import annotations
 import html
 import io
 import json
+from itertools import islice
 from typing import Any
 
 from rc_ray.config.selection import OPTIONS
-from rc_ray.core.schemas import pair_schema
 from rc_ray.ledger.rundir import RunDir
 
 NUM_EXAMPLES = 5
@@ -27,7 +27,9 @@ STYLE = (
 def write_report(run: RunDir) -> str:
     """Writes report/index.html and README.md; returns the path of the report."""
     metrics, manifest = run.root.read_json("metrics.json"), run.manifest()
-    examples = run.pairs.read_all(pair_schema([])).slice(0, NUM_EXAMPLES).to_pylist()
+    examples = list(
+        islice((pair for table in run.pairs.tables() for pair in table.slice(0, NUM_EXAMPLES).to_pylist()), NUM_EXAMPLES)
+    )
     run.report.write_bytes("index.html", _html(metrics, manifest, examples).encode())
     run.root.write_bytes("README.md", _card(metrics, manifest).encode())
     return f"{run.report.uri}/index.html"

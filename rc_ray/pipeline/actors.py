@@ -24,7 +24,7 @@ from rc_ray.ledger.ledger import Ledger, chunk_name
 from rc_ray.ledger.storage import Folder
 from rc_ray.pipeline.attempts import Attempts
 from rc_ray.pipeline.policies import Member, Policy, engines_of
-from rc_ray.pipeline.progress import Reporter
+from rc_ray.pipeline.progress import Reporter, ask_board
 from rc_ray.rewards.base import Score
 
 if TYPE_CHECKING:
@@ -35,10 +35,11 @@ CHUNK, SAMPLED, SCORED = "chunk", "sampled", "scored"
 Prompt = tuple[Member, list[int], int, int]  # policy, token ids, and which candidates [first, end) it is to give
 
 
-def load_chunk(items: pa.Table, prompts: Folder, groups: Folder) -> pa.Table:
-    """Reads one chunk: its groups when they have been sampled, with the rewards that are committed; else its prompts with
-    `candidates` null."""
+def load_chunk(items: pa.Table, prompts: Folder, groups: Folder, board: Any) -> pa.Table:
+    """Reads one chunk, when few enough are in work: its groups when they have been sampled, with the rewards that are committed; else its
+    prompts with `candidates` null."""
     (item,) = items.to_pylist()
+    ask_board(board.may_load, item[CHUNK])
     name = f"{chunk_name(item[CHUNK])}.parquet"
     table = (groups if item[SAMPLED] else prompts).read_table(name)
     wanted = [*schemas.GROUP.names, *(field.name for field in schemas.reward_fields(item[SCORED].split()))]

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 BLOCKS_PER_ENGINE = 4
 # For each reward actor, blocks between their first reward and their commit: the one it works on and the next.
 BLOCKS_PER_SCORER = 2
+# Blocks of a phase between loading and commit, for each that its actors can work on: enough for none to wait, and for slow ones among them.
+BLOCKS_IN_WORK = 3
 # Between two errors in Python's traceback.
 DIRECT_CAUSE = "\n\nThe above exception was the direct cause of the following exception:\n\n"
 
@@ -271,9 +273,17 @@ def _run_phase(
     # each of them imports for seconds while the engines start.
     small: dict[str, Any] = {"batch_format": "pyarrow", "num_cpus": plan.task_cpus, "concurrency": 1 + plan.num_engines}
     # Not `from_arrow`: it starts a task for each item, all at once, to count the rows.
+    # Loading waits for room, so it takes no CPU from those who make it.
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        actors.load_chunk, batch_size=1, fn_kwargs={"prompts": run.prompts, "groups": run.groups}, **small
+        actors.load_chunk,
+        batch_size=1,
+        fn_kwargs={"prompts": run.prompts, "groups": run.groups, "board": board},
+        **{**small, "num_cpus": 0},
     )
+    in_work = (2 * BLOCKS_PER_ENGINE * plan.num_engines if sample else 0) + BLOCKS_PER_SCORER * sum(
+        plan.rewards[name].largest for name in objectives
+    )
+    ray.get(board.hold_loading.remote(BLOCKS_IN_WORK * in_work, finished))
     # While rewards are counted beside sampling: as many blocks as the engines hold may wait for theirs.
     streaming = sample and score_stage == run.score_stage and run.policy.max_candidates is None
     ray.get(board.hold_sampling.remote(2 * BLOCKS_PER_ENGINE * plan.num_engines if streaming else None))

@@ -75,6 +75,9 @@ class ProgressBoard(AttemptBook):
         self._stages: dict[str, StageProgress] = {}
         self._errors: dict[str, str] = {}
         self._bound: tuple[BudgetConfig, str, str, int, int] | None = None
+        self._max_loaded: int | None = None
+        self._loaded: set[int] = set()
+        self._finished = ""
         self._max_unscored: int | None = None
         self._unscored: set[int] = set()
         self._max_scoring: int | None = None
@@ -110,6 +113,8 @@ class ProgressBoard(AttemptBook):
     def committed(self, name: str, chunk: int, paired: int | None) -> None:
         """A stage has committed a chunk, in which so many prompts have a pair; None: not all rewards are there."""
         self._scoring.discard(chunk)
+        if name == self._finished:
+            self._loaded.discard(chunk)
         if paired is None:
             return
         self._unscored.discard(chunk)
@@ -120,6 +125,20 @@ class ProgressBoard(AttemptBook):
     def bound(self, budget: BudgetConfig | None, sample_stage: str, score_stage: str, paired: int, tokens: int) -> None:
         """Sets what ends the sampling of a stage, and how much of it was used before; None: nothing does."""
         self._bound = None if budget is None else (budget, sample_stage, score_stage, paired, tokens)
+
+    def hold_loading(self, max_loaded: int, finished: str) -> None:
+        """From now on, at most so many chunks may be between their loading and their commit by the stage `finished`: the memory they take does not
+        grow with the prompts."""
+        self._max_loaded, self._finished = max_loaded, finished
+        self._loaded.clear()
+
+    def may_load(self, chunk: int) -> bool | None:
+        """Whether a chunk may be loaded; None: not yet, ask again."""
+        waits = self._max_loaded is not None and chunk not in self._loaded and len(self._loaded) >= self._max_loaded
+        if waits and self.sampling_ended() is None:  # after the end, chunks pass without a commit
+            return None
+        self._loaded.add(chunk)
+        return True
 
     def hold_sampling(self, max_unscored: int | None) -> None:
         """From now on, at most so many chunks may be sampled ahead of their rewards while `target_pairs` counts; None: any number."""
@@ -170,6 +189,15 @@ class ProgressBoard(AttemptBook):
         return {name: stage.line() for name, stage in self._stages.items()}
 
 
+def ask_board(method: Any, chunk: int) -> bool:
+    """The board's answer about a chunk; waits while it has none."""
+    import ray
+
+    while (answer := ray.get(method.remote(chunk))) is None:
+        time.sleep(0.2)
+    return bool(answer)
+
+
 class Reporter:
     """A worker's end of the board; adds up and sends at most once a second. Without a board it does nothing."""
 
@@ -200,19 +228,12 @@ class Reporter:
 
     def may_sample(self, chunk: int) -> bool:
         """Whether the budget has room for a chunk; waits while that depends on chunks whose rewards are still to come."""
-        return self._board is None or self._answer(self._board.may_sample, chunk)
+        return self._board is None or ask_board(self._board.may_sample, chunk)
 
     def may_score(self, chunk: int) -> None:
         """Waits until few enough chunks are between their first reward and their commit."""
         if self._board is not None:
-            self._answer(self._board.may_score, chunk)
-
-    def _answer(self, method: Any, chunk: int) -> bool:
-        import ray
-
-        while (answer := ray.get(method.remote(chunk))) is None:
-            time.sleep(0.2)
-        return bool(answer)
+            ask_board(self._board.may_score, chunk)
 
     def error(self, text: str, leaving: bool = False) -> None:
         """Sends an error at once; waits until it is there when this process is about to end."""

@@ -10,13 +10,14 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from rc_ray.config import Config, RewardTrainingConfig
-from rc_ray.core import schemas
 from rc_ray.core.measure import Fitted, Summary, fit
 from rc_ray.core.selection import needs_fit, select_pairs, summarize
 from rc_ray.errors import DataError, ResumeError
@@ -122,8 +123,8 @@ def prepare(config: Config, hashes: dict[str, str], emit: Emit) -> RunDir:
     held_out = config.evaluation.prompts
     if held_out is not None and not ledger.is_finished(EVAL_PROMPTS):
         ids = pa.array(sources.prompt_ids(sources.read_cells("evaluation.prompts", held_out), held_out), pa.string())
-        training_ids = run.prompts.read_all(schemas.PROMPT, ["prompt_id"]).column("prompt_id")
-        shared = frozenset(ids.filter(pc.is_in(ids, training_ids)).to_pylist())
+        training_ids = (table.column("prompt_id") for table in run.prompts.tables(["prompt_id"]))
+        shared = frozenset(each for own in training_ids for each in ids.filter(pc.is_in(ids, own)).to_pylist())
         cells = sources.read_cells("evaluation.prompts", held_out)
         facts = sources.write_chunks(cells, held_out, run.eval_prompts, run.report / "drops", config.cluster.chunk_size, shared)
         ledger.finish(EVAL_PROMPTS, facts)
@@ -316,8 +317,9 @@ def select(config: Config, run: RunDir, session: Session | None, ended: str | No
         if needs_fit(config.selection):
             summaries = chunked(scored).map_batches(summarize_chunk, fn_kwargs={"run": run, "config": config}, **small)
             with resumable(SELECT):
-                first, *others = (Summary.from_bytes(row["summary"]) for row in summaries.iter_rows())
-            fitted = fit(sum(others, first), config.selection)
+                # Added up as they come: all of them at once would grow with the prompts.
+                total = reduce(add, (Summary.from_bytes(row["summary"]) for row in summaries.iter_rows()))
+            fitted = fit(total, config.selection)
         run.update_manifest(selection={**fitted.as_dict(), "chunks": len(scored)})
     else:
         fitted = fitted_of(run)
@@ -339,17 +341,22 @@ def identity(run: RunDir) -> dict[str, Any]:
     facts, selected = run.ledger.facts(PROMPTS), run.ledger.done(SELECT)
     rows, size = facts["rows"], facts["chunk_size"]
     unsampled = sum(min(size, facts["prompts"] - chunk * size) for chunk in range(facts["chunks"]) if chunk not in selected)
-    pairs = run.pairs.read_all(schemas.pair_schema([]), ["prompt_id"])
-    paired = pc.count_distinct(pairs.column("prompt_id")).as_py()
-    drops = run.drops.read_all(schemas.DROP)
-    reasons = dict(Counter(drops.column("reason").to_pylist()))
-    if rows != paired + drops.num_rows + unsampled:
+    # One file after the other: a prompt is in one chunk, and there may be more of them than memory holds.
+    paired = num_pairs = 0
+    for pairs in run.pairs.tables(["prompt_id"]):
+        num_pairs += pairs.num_rows
+        paired += pc.count_distinct(pairs.column("prompt_id")).as_py()
+    reasons: Counter[str] = Counter()
+    for drops in run.drops.tables(["reason"]):
+        reasons.update(drops.column("reason").to_pylist())
+    dropped = reasons.total()
+    if rows != paired + dropped + unsampled:
         raise ResumeError(
-            f"{rows} prompts are not {paired} paired + {drops.num_rows} dropped + {unsampled} not sampled in {run.root.uri!r}; files were "
+            f"{rows} prompts are not {paired} paired + {dropped} dropped + {unsampled} not sampled in {run.root.uri!r}; files were "
             "added or removed by something else; restore them or start a new run directory"
         )
     return {
-        "prompts": rows, "paired": paired, "pairs": pairs.num_rows, "dropped": drops.num_rows, "not_sampled": unsampled, "drops": reasons,
+        "prompts": rows, "paired": paired, "pairs": num_pairs, "dropped": dropped, "not_sampled": unsampled, "drops": dict(reasons),
     }  # fmt: skip
 
 
