@@ -10,6 +10,23 @@ from pydantic import Field, field_validator, model_validator
 
 from rc_ray.config.base import PoolConfig, Section, deployment
 
+NamedModels = dict[str, tuple[str, str | None, bool]]
+# vLLM's engine arguments that a classifier sets itself, and what there is to set instead.
+OWN_ARGUMENTS = {
+    "model": "set `model`",
+    "revision": "set `revision`",
+    "trust_remote_code": "set `trust_remote_code`",
+    "dtype": "set `dtype`",
+    "max_model_len": "set `max_length`",
+    "max_num_batched_tokens": "set `max_batch_tokens`",
+    "runner": "a classifier has one",
+    "convert": "a classifier has one",
+    "pooler_config": "the score is the classifier's own",
+    "load_format": "weights are read from safetensors only",
+    "tensor_parallel_size": "an engine of a reward has one device",
+    "pipeline_parallel_size": "an engine of a reward has one device",
+}
+
 
 class ClassifierReward(Section):
     """A Hugging Face sequence classifier."""
@@ -23,6 +40,21 @@ class ClassifierReward(Section):
     revision: str | None = None
     """Git revision of a Hub model."""
 
+    adapter: str | None = None
+    """LoRA adapter in PEFT's format, safetensors only: Hub id or local folder. It is merged into the model when that is loaded, with whatever
+    else is saved in it, such as the classifier's head; its own tokenizer and template count where it has them. With `engine: transformers`."""
+
+    adapter_revision: str | None = None
+    """Git revision of a Hub adapter."""
+
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What runs the network; the rewards are the same, to rounding. `vllm` reads what the answers of a prompt begin with only once (prefix
+    caching; models that look backwards only) and needs a vLLM that supports the architecture. On CPUs, the sequence classifiers of Llama,
+    Qwen2 and BERT (MiniLM among them, without prefix caching) are tested; it has KV memory of its own, see VLLM_CPU_KVCACHE_SPACE."""
+
+    engine_arguments: dict[str, Any] = {}
+    """Further arguments of `engine: vllm` by vLLM's own names, e.g. `{gpu_memory_utilization: 0.5}`."""
+
     label: int | str | None = None
     """Which of several labels the reward is about: its index or its name in the model's configuration. None: the model has one logit."""
 
@@ -31,11 +63,15 @@ class ClassifierReward(Section):
     `logit`: as it is, for independent heads, such as those of a multi-objective reward model."""
 
     max_length: int | None = Field(None, ge=8)
-    """Most tokens of prompt and answer together; None takes the model's own limit. A longer text has no reward
-    (missing, with the reason), it is never cut."""
+    """Most tokens of prompt and answer together; None takes the model's own limit. See `truncate` for longer texts."""
+
+    truncate: Literal["prompt_start", "answer_end"] | None = None
+    """What happens to a text that is too long. None: it has no reward (missing, with the reason). `prompt_start`: the first tokens of the
+    conversation before the answer are left out; `answer_end`: the last ones of the answer. What the model's template writes around the messages
+    stays, also after the answer. Still missing is the reward of a text that would lose its whole prompt, or its whole answer."""
 
     max_batch_tokens: int = Field(8192, ge=64)
-    """Padded tokens per forward pass; fewer for a while after memory ran out."""
+    """Tokens per forward pass, with padding; fewer for a while after memory ran out (`engine: vllm` does not pad, nor adapt)."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`auto`: bfloat16 on GPUs, float32 on CPUs."""
@@ -55,9 +91,34 @@ class ClassifierReward(Section):
             raise ValueError("label_score has no effect without label; choose the label, or remove it")
         return self
 
-    def models(self) -> dict[str, tuple[str, str | None]]:
-        """Name and revision of each model it loads, by field."""
-        return {"model": (self.model, self.revision)}
+    @model_validator(mode="after")
+    def _engine(self) -> ClassifierReward:
+        if self.adapter_revision is not None and self.adapter is None:
+            raise ValueError("adapter_revision has no effect without adapter; give the adapter, or remove it")
+        if self.engine == "transformers":
+            if self.engine_arguments:
+                raise ValueError("engine_arguments have no effect with engine: transformers; set engine: vllm, or remove them")
+            return self
+        if self.adapter is not None:
+            raise ValueError(
+                "adapter is merged into the model by engine: transformers only; use that, or merge it into a model of its own "
+                "(PEFT's `merge_and_unload`) and give that as `model`"
+            )
+        for name in self.engine_arguments:
+            if name in OWN_ARGUMENTS or "lora" in name:
+                raise ValueError(
+                    f"engine_arguments.{name} is not for you to set: {OWN_ARGUMENTS.get(name, 'there is no adapter')}; remove it"
+                )
+        if self.pool.num_gpus is not None and self.pool.num_gpus > 1:
+            raise ValueError(
+                f"pool.num_gpus ({self.pool.num_gpus:g}) is more than the one device that engine: vllm uses; lower it"
+            )
+        return self
+
+    def models(self) -> NamedModels:
+        """Name and revision of each model it loads, and whether it is an adapter, by field."""
+        found: NamedModels = {"model": (self.model, self.revision, False)}
+        return found if self.adapter is None else {**found, "adapter": (self.adapter, self.adapter_revision, True)}
 
 
 class ImplicitReward(Section):
@@ -99,9 +160,12 @@ class ImplicitReward(Section):
     pool: PoolConfig = deployment(PoolConfig())
     """This objective's actor pool."""
 
-    def models(self) -> dict[str, tuple[str, str | None]]:
+    def models(self) -> NamedModels:
         """See `ClassifierReward.models`."""
-        return {"policy": (self.policy, self.policy_revision), "reference": (self.reference, self.reference_revision)}
+        return {
+            "policy": (self.policy, self.policy_revision, False),
+            "reference": (self.reference, self.reference_revision, False),
+        }
 
 
 class RuleReward(Section):
@@ -126,7 +190,7 @@ class RuleReward(Section):
             raise ValueError("must be `module:name`, e.g. rc_ray.rewards.rules:length_near")
         return value
 
-    def models(self) -> dict[str, tuple[str, str | None]]:
+    def models(self) -> NamedModels:
         """None."""
         return {}
 
@@ -170,7 +234,7 @@ class ServiceReward(Section):
             raise ValueError("url begins with http://, so the token of token_env could be read on its way; use https://")
         return self
 
-    def models(self) -> dict[str, tuple[str, str | None]]:
+    def models(self) -> NamedModels:
         """None that is loaded here."""
         return {}
 

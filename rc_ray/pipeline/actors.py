@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,7 +25,7 @@ from rc_ray.ledger.storage import Folder
 from rc_ray.pipeline.attempts import Attempts
 from rc_ray.pipeline.policies import Member, Policy, engines_of
 from rc_ray.pipeline.progress import Reporter, ask_board
-from rc_ray.rewards.base import Score
+from rc_ray.rewards.base import Score, ScorerDied
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -288,6 +288,8 @@ class ScoreGroups:
             flat = [(prompt, c["text"]) for prompt, group in groups for c in group]
             scores = iter(self._reward.score([p for p, _ in flat], [a for _, a in flat]))
             return [[next(scores) for _ in group] for _, group in groups]
+        except ScorerDied as error:
+            self._leave(error)
         except Exception:
             return None
 
@@ -297,8 +299,16 @@ class ScoreGroups:
                 return [Score(None, given_up)] * len(answers)
             try:
                 return self._reward.score([prompt] * len(answers), answers)
+            except ScorerDied as error:
+                self._leave(error)
             except Exception as error:
                 return [Score(None, f"scoring failed: {type(error).__name__}: {error}"[:500])] * len(answers)
+
+    def _leave(self, error: ScorerDied) -> NoReturn:
+        """Ends this process, so that Ray starts another one, which does the block again."""
+        print(f"rc_ray: {self._objective}: {error}", file=sys.stderr, flush=True)
+        self._reporter.error(f"{self._objective}: {error}"[:500], leaving=True)
+        os._exit(1)
 
     @staticmethod
     def _why_missing(group: list[Score]) -> str | None:

@@ -77,8 +77,10 @@ def check_rewards(config: Config) -> None:
         ModelError, ConfigError: the first that is not.
     """
     for name, reward in config.rewards.items():
-        for field, (model, revision) in reward.models().items():
-            check_model(f"rewards.{name}.{field}", model, revision)
+        for field, (model, revision, is_adapter) in reward.models().items():
+            (check_adapter if is_adapter else check_model)(f"rewards.{name}.{field}", model, revision)
+        if reward.kind == "classifier":
+            check_engine_arguments(reward.engine_arguments, f"rewards.{name}.engine_arguments")
         if reward.kind == "rule":
             load_function(reward.function, reward.args, f"rewards.{name}.function")
 
@@ -136,7 +138,7 @@ def build_models(config: Config, emit: Emit) -> None:
     names = {
         config.model,
         *(m.model for m in members_of(config)),
-        *(model for reward in config.rewards.values() for model, _ in reward.models().values()),
+        *(model for reward in config.rewards.values() for model, *_ in reward.models().values()),
     }
     for name in sorted(n for n in names if n.startswith("embedded:") and not embedded.is_built(n)):
         started = time.monotonic()
@@ -170,7 +172,7 @@ def pin_models(config: Config, run: RunDir) -> None:
     """
     found = {key: model_identity(*named) for key, named in model_names(config).items()}
     for reward in config.rewards.values():
-        found |= {model: model_identity(model, revision) for model, revision in reward.models().values()}
+        found |= {named[0]: model_identity(*named) for named in reward.models().values()}
     recorded = run.manifest().get("models", {})
     changed = [f"{name}: {recorded[name]} -> {value}" for name, value in found.items() if recorded.get(name, value) != value]
     if changed:

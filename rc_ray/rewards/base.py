@@ -15,6 +15,8 @@ from rc_ray.generation.hardware import choose_dtype
 
 # Rewards are stored in single precision; a larger number would become an infinity.
 MAX_FLOAT32 = 3.4028234663852886e38
+# What `CountingReward.figures` counts.
+FIGURES = ("num_texts", "num_truncated", "num_tokens", "num_padded_tokens", "num_cached_tokens")
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,33 @@ class Reward(Protocol):
 
     def score(self, prompts: list[list[Message]], answers: list[str]) -> list[Score]:
         """One score per answer; `prompts[i]` are the messages before `answers[i]`. After an error the caller asks again for one
-        prompt at a time, so that it costs that prompt only."""
+        prompt at a time, so that it costs that prompt only.
+
+        Raises:
+            ScorerDied: it cannot go on, and its process must be replaced.
+        """
+
+
+class CountingReward(Reward, Protocol):
+    """A reward that also says how much it has read; not all kinds do."""
+
+    def figures(self) -> dict[str, int]:
+        """Totals since it was loaded, its self-test apart, under the names in `FIGURES`.
+
+        `num_texts`: texts that a network has read, so not those that are too long. `num_truncated`: of these, texts that were cut.
+        `num_tokens`: of all these texts. `num_padded_tokens`: the same with padding. `num_cached_tokens`: of `num_tokens`, those that
+        a prefix cache knew already.
+        """
+
+
+class ScorerDied(RuntimeError):
+    """A reward cannot go on; its process must be replaced."""
+
+
+def figures_of(reward: Reward) -> dict[str, int]:
+    """See `CountingReward.figures`; empty for a reward without them."""
+    figures = getattr(reward, "figures", None)
+    return figures() if figures is not None else {}
 
 
 def build_reward(config: RewardConfig, on_gpu: bool, num_threads: int) -> Reward:
@@ -76,6 +104,10 @@ def build_reward(config: RewardConfig, on_gpu: bool, num_threads: int) -> Reward
 
         return ImplicitRewardModel(config, on_gpu=on_gpu, num_threads=num_threads)
     assert isinstance(config, ClassifierReward)
+    if config.engine == "vllm":
+        from rc_ray.rewards.vllm_classifier import VllmClassifier
+
+        return VllmClassifier(config, on_gpu=on_gpu, num_threads=num_threads)
     from rc_ray.rewards.classifier import ClassifierRewardModel
 
     return ClassifierRewardModel(config, on_gpu=on_gpu, num_threads=num_threads)

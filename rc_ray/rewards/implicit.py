@@ -14,7 +14,7 @@ from rc_ray.config import ImplicitReward
 from rc_ray.core.ids import Message
 from rc_ray.errors import ModelError
 from rc_ray.models.resolve import local_model
-from rc_ray.rewards.base import Score, reward_dtype
+from rc_ray.rewards.base import FIGURES, Score, reward_dtype
 from rc_ray.rewards.batches import TokenBatches, length_limit
 
 
@@ -38,6 +38,10 @@ class ImplicitRewardModel:
         """See `Reward.score`."""
         found = {side: model.logprobs(prompts, answers) for side, model in self._models.items()}
         return [self._difference(*pair) for pair in zip(found["policy"], found["reference"], strict=True)]
+
+    def figures(self) -> dict[str, int]:
+        """See `CountingReward.figures`; of both models together."""
+        return {name: sum(model.batches.counts[name] for model in self._models.values()) for name in FIGURES}
 
     def _difference(self, policy: Score, reference: Score) -> Score:
         for side, score in (("policy", policy), ("reference", reference)):
@@ -72,7 +76,7 @@ class LanguageModel:
         self._model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
         self._model.to(self._device).eval()
         limit = length_limit(self._tokenizer, self._model.config, config.max_length)
-        self._batches = TokenBatches(config.max_batch_tokens, limit)
+        self.batches = TokenBatches(config.max_batch_tokens, limit)
 
     def logprobs(self, prompts: list[list[Message]], answers: list[str]) -> list[Score]:
         """log p(answer | prompt) of each, in nats."""
@@ -82,7 +86,7 @@ class LanguageModel:
             before = self._ids(prompt, True)
             starts.append(len(before) if texts[-1][: len(before)] == before else None)
         known = [i for i, start in enumerate(starts) if start is not None]
-        values = self._batches.score(
+        values = self.batches.score(
             [len(texts[i]) for i in known],
             lambda batch: self._forward([texts[known[b]] for b in batch], [starts[known[b]] or 0 for b in batch]),
         )

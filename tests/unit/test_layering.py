@@ -35,8 +35,9 @@ RANKS = {
     "api": 9,
     "cli": 9,
 }
-# The choice of a dtype depends on the machine alone and is the same for policies and reward models.
-EXCEPTIONS = {("rewards", "rc_ray.generation.hardware")}
+# The choice of a dtype depends on the machine alone and is the same for policies and reward models, and a process must be prepared for vLLM
+# whatever it is to run.
+EXCEPTIONS = {("rewards", "rc_ray.generation.hardware"), ("rewards", "rc_ray.generation.engine")}
 
 
 def name_of(path: Path) -> str:
