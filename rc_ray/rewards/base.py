@@ -50,7 +50,11 @@ class Reward(Protocol):
 
     def score(self, prompts: list[list[Message]], answers: list[str]) -> list[Score]:
         """One score per answer; `prompts[i]` are the messages before `answers[i]`. After an error the caller asks again for one
-        prompt at a time, so that it costs that prompt only."""
+        prompt at a time, so that it costs that prompt only.
+
+        A reward may also have `figures() -> dict[str, int]`, what it did since it was loaded: `num_texts`, `num_truncated`, `num_tokens` (of
+        the texts), `num_padded_tokens` (with padding), `num_cached_tokens`; judges of pairs `num_comparisons`, `num_order_disagreements`.
+        """
 
 
 def build_reward(config: RewardConfig, on_gpu: bool, num_threads: int) -> Reward:

@@ -6,6 +6,7 @@ every text gets one score; one that is longer than the model's limit, or does no
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,7 @@ class TokenBatches:
 
     def __init__(self, max_tokens: int, limit: int | None) -> None:
         self._max_tokens, self._tokens, self._limit = max_tokens, max_tokens, limit
+        self._figures: Counter[str] = Counter()
 
     def score(self, lengths: list[int], forward: Callable[[list[int]], list[float]]) -> list[Score]:
         """The scores of texts.
@@ -65,10 +67,17 @@ class TokenBatches:
                 scores[batch[0]] = Score(None, f"out of memory for {lengths[batch[0]]} tokens by themselves")
             else:
                 self._tokens = min(self._max_tokens, self._tokens + 1 + self._tokens // 4)
+                self._figures["num_texts"] += len(batch)
+                self._figures["num_tokens"] += sum(lengths[i] for i in batch)
+                self._figures["num_padded_tokens"] += len(batch) * lengths[batch[-1]]
                 for i, value in zip(batch, values, strict=True):
                     scores[i] = Score.checked(value)
             start += len(batch)
         return scores
+
+    def figures(self) -> dict[str, int]:
+        """See `Reward.figures`."""
+        return dict(self._figures)
 
     def _size(self, lengths: list[int], start: int) -> int:
         """How many texts from `start` on, the shortest first, make a batch; at least one."""

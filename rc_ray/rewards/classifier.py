@@ -60,6 +60,10 @@ class ClassifierRewardModel:
             [len(e["input_ids"]) for e in encoded], lambda batch: self._forward([encoded[i] for i in batch])
         )
 
+    def figures(self) -> dict[str, int]:
+        """See `Reward.figures`."""
+        return self._batches.figures()
+
     def _forward(self, encoded: list[dict[str, list[int]]]) -> list[float]:
         """The scores of one batch."""
         padded = self.tokenizer.pad(encoded, return_tensors="pt").to(self._device)

@@ -8,6 +8,7 @@ template. Invariant: an answer that one of them cannot read in full has no rewar
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from rc_ray.config import ImplicitReward
@@ -38,6 +39,10 @@ class ImplicitRewardModel:
         """See `Reward.score`."""
         found = {side: model.logprobs(prompts, answers) for side, model in self._models.items()}
         return [self._difference(*pair) for pair in zip(found["policy"], found["reference"], strict=True)]
+
+    def figures(self) -> dict[str, int]:
+        """See `Reward.figures`; of both models together."""
+        return dict(sum((Counter(model.figures()) for model in self._models.values()), Counter()))
 
     def _difference(self, policy: Score, reference: Score) -> Score:
         for side, score in (("policy", policy), ("reference", reference)):
@@ -90,6 +95,10 @@ class LanguageModel:
         for i, score in zip(known, values, strict=True):
             scores[i] = score
         return scores
+
+    def figures(self) -> dict[str, int]:
+        """See `Reward.figures`."""
+        return self._batches.figures()
 
     def _ids(self, messages: list[Message], add_generation_prompt: bool) -> list[int]:
         found = self._tokenizer.apply_chat_template(
