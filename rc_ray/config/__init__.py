@@ -2,7 +2,15 @@
 
 from rc_ray.config.base import PoolConfig
 from rc_ray.config.load import differences, fingerprint, load_config, load_selection, result_fields, to_yaml
-from rc_ray.config.rewards import ClassifierReward, HttpReward, ImplicitReward, JudgeReward, RewardConfig, RuleReward
+from rc_ray.config.rewards import (
+    ClassifierReward,
+    CustomReward,
+    HttpReward,
+    ImplicitReward,
+    JudgeReward,
+    RewardConfig,
+    RuleReward,
+)
 from rc_ray.config.schema import (
     BudgetConfig,
     ClusterConfig,
@@ -20,6 +28,7 @@ __all__ = [
     "ClassifierReward",
     "ClusterConfig",
     "Config",
+    "CustomReward",
     "EnsembleConfig",
     "EvaluationConfig",
     "GenerationConfig",

@@ -15,6 +15,8 @@ from rc_ray.core.schemas import pair_schema
 from rc_ray.ledger.rundir import RunDir
 
 NUM_EXAMPLES = 5
+# What a reward comes from: the first of these that its kind has.
+SOURCES = ("model", "policy", "function", "class", "url")
 STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse;margin:1rem 0}td,th{border:1px solid #ccc;padding:.3rem .6rem;text-align:right}"
@@ -146,7 +148,7 @@ def _card(metrics: dict[str, Any], manifest: dict[str, Any]) -> str:
     counts, fields = metrics["identity"], manifest["result_fields"]
     drops = "\n".join(f"| {reason} | {n} |" for reason, n in sorted(counts["drops"].items(), key=lambda i: -i[1]))
     rewards = "\n".join(
-        f"| {name} | {r['kind']} | {r.get('model') or r.get('function')} |" for name, r in fields["rewards"].items()
+        f"| {name} | {r['kind']} | {next(r[key] for key in SOURCES if key in r)} |" for name, r in fields["rewards"].items()
     )
     selection = fields["selection"]
     consistent = selection["strategy"] in ("rcs", "rc_all")

@@ -227,8 +227,8 @@ class ScoreGroups:
     """Adds one objective's rewards to every group of a block."""
 
     def __init__(
-        self, objective: str, config: RewardConfig, on_gpu: bool, num_threads: int, board: Any | None, stage: str, max_attempts: int,
-        first: bool, last: bool, keep_scored: bool,
+        self, objective: str, config: RewardConfig, content: bytes | None, on_gpu: bool, num_threads: int, board: Any | None, stage: str,
+        max_attempts: int, first: bool, last: bool, keep_scored: bool,
     ) -> None:  # fmt: skip
         if not on_gpu:
             os.environ["OMP_NUM_THREADS"] = str(num_threads)
@@ -239,7 +239,7 @@ class ScoreGroups:
         from rc_ray.rewards.base import build_reward
 
         self._objective, self._first, self._last, self._keep_scored = objective, first, last, keep_scored
-        self._reward = build_reward(config, on_gpu, num_threads)
+        self._reward = build_reward(config, on_gpu, num_threads, content)
         self._reporter = Reporter(board, stage)
         self._attempts = Attempts(board, f"{stage} {objective}", max_attempts)
         if last:

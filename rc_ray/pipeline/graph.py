@@ -32,6 +32,7 @@ from rc_ray.pipeline.placement import EnginePlacement
 from rc_ray.pipeline.plan import Plan, Pool, is_generation, reward_threads
 from rc_ray.pipeline.policies import Policy, engines_of
 from rc_ray.pipeline.watchdog import TooManyFailedError, check_failed, guard
+from rc_ray.rewards.code import named_code, read_code
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -140,9 +141,11 @@ def _sizes(pool: Pool) -> dict[str, Any]:
 
 
 def _scorer_arguments(config: Config, plan: Plan, objective: str, board: Any, stage: str, num_pools: int) -> dict[str, Any]:
+    code = named_code(objective, config.rewards[objective])
     return {
         "objective": objective,
         "config": config.rewards[objective],
+        "content": None if code is None else read_code(*code),
         "on_gpu": plan.rewards[objective].num_gpus > 0,
         "num_threads": reward_threads(num_pools),
         "board": board,

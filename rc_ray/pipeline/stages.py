@@ -6,6 +6,7 @@ work when it is run again, and says so.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rc_ray.config import Config
+from rc_ray.config import Config, CustomReward, RuleReward
 from rc_ray.core import schemas
 from rc_ray.core.measure import Fitted, Summary, fit
 from rc_ray.core.selection import needs_fit, select_pairs, summarize
@@ -35,6 +36,8 @@ from rc_ray.pipeline.graph import GroupRun, budget_end, resumable, run_groups
 from rc_ray.pipeline.pilot import side_by_side
 from rc_ray.pipeline.plan import Plan
 from rc_ray.pipeline.policies import members_of, model_names, policy_of
+from rc_ray.rewards.code import named_code, read_code
+from rc_ray.rewards.custom import load_class
 from rc_ray.rewards.rule import load_function
 
 PROMPTS, EVAL_PROMPTS, SAMPLE, SCORE, SELECT, TRAIN, EVALUATE = (
@@ -54,32 +57,41 @@ class Session:
 
 
 def check(config: Config) -> dict[str, str]:
-    """Checks prompts, models and functions without starting or writing anything; returns the hashes of the data.
+    """Checks prompts, models and the user's code without starting or writing anything; returns the hashes of data and code.
 
     Raises:
         DataError, ModelError, ConfigError, ResumeError: the first thing that is wrong.
     """
     check_engine_arguments(config.generation.engine)
-    hashes = {PROMPTS: sources.check_source("prompts", config.prompts)}
+    hashes = {PROMPTS: sources.check_source("prompts", config.prompts), **check_rewards(config)}
     if config.evaluation.prompts is not None:
         hashes[EVAL_PROMPTS] = sources.check_source("evaluation.prompts", config.evaluation.prompts)
     rundir.check_owner(config, hashes)
     _check_policies(config)
-    check_rewards(config)
     return hashes
 
 
-def check_rewards(config: Config) -> None:
-    """Checks that reward models and functions are there.
+def check_rewards(config: Config) -> dict[str, str]:
+    """Checks that reward models, functions and classes are there; returns the hashes of the user's code by the field that names it.
 
     Raises:
         ModelError, ConfigError: the first that is not.
     """
+    hashes = {}
     for name, reward in config.rewards.items():
         for field, (model, revision) in reward.models().items():
             check_model(f"rewards.{name}.{field}", model, revision)
-        if reward.kind == "rule":
-            load_function(reward.function, reward.args, f"rewards.{name}.function")
+        named = named_code(name, reward)
+        if named is None:
+            continue
+        if isinstance(reward, RuleReward):
+            load_function(reward.function, reward.args, named[0])
+        elif isinstance(reward, CustomReward):
+            load_class(reward.class_path, reward.args, named[0])
+        content = read_code(*named)
+        if content is not None:
+            hashes[named[0]] = hashlib.blake2b(content, digest_size=16).hexdigest()
+    return hashes
 
 
 def _check_policies(config: Config) -> None:
