@@ -99,6 +99,11 @@ def _html(metrics: dict[str, Any], manifest: dict[str, Any], examples: list[dict
     if policies:
         columns = ["candidates", "tokens", "chosen", "rejected"]
         parts.append(_table(["policy", *columns], [[name, *(p[c] for c in columns)] for name, p in policies.items()]))
+    scoring = metrics.get("scoring")
+    if scoring:
+        columns = list(dict.fromkeys(column for summary in scoring.values() for column in summary))
+        rows = [[name, *(summary.get(column, "") for column in columns)] for name, summary in scoring.items()]
+        parts += ["<h2>Scoring</h2>", _table(["objective", *columns], rows)]
     comparison = metrics.get("evaluation")
     if comparison:
         rows = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -244,6 +245,8 @@ class ScoreGroups:
         self._attempts = Attempts(board, f"{stage} {objective}", max_attempts)
         if last:
             self._reporter.ready()
+        self._busy_s, self._figures = 0.0, self._read_figures()
+        self._reporter.scored(objective, {}, 0.0)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Appends `reward.<objective>` and `missing.<objective>`."""
@@ -275,6 +278,7 @@ class ScoreGroups:
                         scores[i] = together[number]
                     else:
                         scores[i] = self._score_alone(ids[i], prompts[i], [c["text"] for c in candidates[i]])
+            self._report()
         rewards = [[s.value for s in group] for group in scores]
         missing = [self._why_missing(group) for group in scores]
         for reason in list(filter(None, missing))[-1:]:
@@ -285,7 +289,7 @@ class ScoreGroups:
         """The scores of each group; None after an error, which one group alone may have caused."""
         try:
             flat = [(prompt, c["text"]) for prompt, group in groups for c in group]
-            scores = iter(self._reward.score([p for p, _ in flat], [a for _, a in flat]))
+            scores = iter(self._ask([p for p, _ in flat], [a for _, a in flat]))
             return [[next(scores) for _ in group] for _, group in groups]
         except Exception:
             return None
@@ -295,9 +299,26 @@ class ScoreGroups:
             if given_up:
                 return [Score(None, given_up)] * len(answers)
             try:
-                return self._reward.score([prompt] * len(answers), answers)
+                return self._ask([prompt] * len(answers), answers)
             except Exception as error:
                 return [Score(None, f"scoring failed: {type(error).__name__}: {error}"[:500])] * len(answers)
+
+    def _ask(self, prompts: list[Any], answers: list[str]) -> list[Score]:
+        began_s = time.monotonic()
+        try:
+            return self._reward.score(prompts, answers)
+        finally:
+            self._busy_s += time.monotonic() - began_s
+
+    def _read_figures(self) -> dict[str, int]:
+        return dict(getattr(self._reward, "figures", dict)())
+
+    def _report(self) -> None:
+        """Tells the board what the reward has done since the last time."""
+        before, self._figures = self._figures, self._read_figures()
+        counts = {name: value - before.get(name, 0) for name, value in self._figures.items()}
+        self._reporter.scored(self._objective, counts, self._busy_s)
+        self._busy_s = 0.0
 
     @staticmethod
     def _why_missing(group: list[Score]) -> str | None:

@@ -38,6 +38,7 @@ from rc_ray.pipeline.plan import Plan
 from rc_ray.pipeline.policies import members_of, model_names, policy_of
 from rc_ray.rewards.code import named_code, read_code
 from rc_ray.rewards.custom import load_class
+from rc_ray.rewards.figures import Scoring, remarks
 from rc_ray.rewards.rule import load_function
 
 PROMPTS, EVAL_PROMPTS, SAMPLE, SCORE, SELECT, TRAIN, EVALUATE = (
@@ -221,11 +222,24 @@ def sample_and_score(
         return None
     assert session is not None
     ended = run_groups(groups, config, session.plan, session.board, sample, score)
-    _record_timing(run, session)
+    _record_timing(run, session, _scoring(config, session, SCORE))
     return ended
 
 
-def _record_timing(run: RunDir, session: Session) -> None:
+def _scoring(config: Config, session: Session, stage: str) -> dict[str, Scoring]:
+    """What the actors of each objective have done in a stage or in its phases, in this session; prints what the user should know of it."""
+    import ray
+
+    found: dict[str, Scoring] = {}
+    for phase in (*(f"{stage}_{name}" for name in config.rewards), stage):
+        found |= ray.get(session.board.scoring.remote(phase))
+    for name, scoring in found.items():
+        for line in remarks(name, scoring.summary()):
+            session.emit(f"{stage:<9} {line}")
+    return found
+
+
+def _record_timing(run: RunDir, session: Session, scoring: dict[str, Scoring]) -> None:
     """Adds this session's tokens and seconds of sampling and scoring to the manifest, from the first engine that was ready on."""
     import ray
 
@@ -236,12 +250,14 @@ def _record_timing(run: RunDir, session: Session) -> None:
     before = run.manifest().get("timing") or {"tokens": 0, "seconds": 0.0}
     load = counts[SAMPLE].load if SAMPLE in counts else Load()
     pools = {**session.plan.engines, **session.plan.rewards}
+    earlier = {name: Scoring(**recorded) for name, recorded in before.get("scoring", {}).items()}
     run.update_manifest(
         timing={
             "tokens": before["tokens"] + (counts[SAMPLE].tokens if SAMPLE in counts else 0),
             # Reward models are ready while engines are still being loaded, so the first stage's time counts.
             "seconds": before["seconds"] + max(s.updated_s for s in worked) - worked[0].ready_s,
             "load": (Load.from_dict(before["load"]) + load if "load" in before else load).as_dict(),
+            "scoring": {name: vars(earlier.get(name, Scoring()) + scoring.get(name, Scoring())) for name in earlier | scoring},
             "gpus": max(sum(pools[name].total_gpus for name in phase) for phase in session.plan.phases),
         }
     )
@@ -388,6 +404,7 @@ def evaluate(config: Config, run: RunDir, session: Session | None) -> None:
         if not is_done(groups[side], groups[side].score_stage):
             assert session is not None
             run_groups(groups[side], config, session.plan, session.board)
+            _scoring(config, session, groups[side].score_stage)
     before, after = (groups[side].groups.read_all() for side in SIDES)
     run.ledger.finish(EVALUATE, compare(before, after, list(config.rewards), config.evaluation, config.seed).as_dict())
 
@@ -420,9 +437,11 @@ def report(config: Config, run: RunDir) -> dict[str, Any]:
         "sampling": _sampling(config, ledger),
         "fingerprint": run.manifest()["fingerprint"],
     }
-    load = (run.manifest().get("timing") or {}).get("load")
-    if load:
-        metrics["sampling"] |= Load.from_dict(load).summary()
+    timing = run.manifest().get("timing") or {}
+    if timing.get("load"):
+        metrics["sampling"] |= Load.from_dict(timing["load"]).summary()
+    if timing.get("scoring"):
+        metrics["scoring"] = {name: Scoring(**recorded).summary() for name, recorded in timing["scoring"].items()}
     if ledger.is_finished(TRAIN):
         metrics["training"] = ledger.facts(TRAIN)
     if ledger.is_finished(EVALUATE):

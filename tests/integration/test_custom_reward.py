@@ -21,10 +21,16 @@ class Brief:
         assert device == "cpu"
         assert not os.path.exists("mine/brief.py"), "made where the file is"
         self.target_words = target_words
+        self.counts = {"num_texts": 0, "num_truncated": 0}
+
+    def figures(self):
+        return self.counts
 
     def score(self, prompts, answers):
         if any("number 3?" in prompt[-1]["content"] for prompt in prompts):
             raise ValueError("a prompt that is too odd")
+        self.counts["num_texts"] += len(answers)
+        self.counts["num_truncated"] += sum(len(prompt) == 1 for prompt in prompts) // 6  # one for each prompt
         return [-abs(len(answer.split()) - self.target_words) for answer in answers]
 """
 
@@ -52,7 +58,12 @@ def test_the_file_reaches_the_workers_and_belongs_to_the_run(tiny_config: dict[s
         "brief": {"kind": "custom", "class": "mine/brief.py:Brief", "args": {"target_words": 2}},
         "length": tiny_config["rewards"]["length"],
     }
-    result = rc_ray.run(config, emit=lambda _: None)
+    lines: list[str] = []
+    result = rc_ray.run(config, emit=lines.append)
+    cut = "brief: 7 of 42 texts were truncated before they were scored"
+    assert f"score     {cut}" in lines
+    assert f"rewards        {cut}" in lines
+    assert result.metrics["scoring"]["brief"]["num_truncated"] == 7
     assert result.metrics["identity"]["drops"]["reward_missing"] == 1
     drops = [row for file in (folder / "run" / "drops").glob("*.parquet") for row in pq.read_table(file).to_pylist()]
     (detail,) = [row["detail"] for row in drops if row["reason"] == "reward_missing"]
@@ -66,7 +77,7 @@ def test_the_file_reaches_the_workers_and_belongs_to_the_run(tiny_config: dict[s
     (folder / "mine" / "brief.py").write_text(CODE.replace("return [-abs", "return [abs"))
     with pytest.raises(rc_ray.ResumeError, match=r"content of rewards\.brief\.class: \w+ -> \w+"):
         rc_ray.run(config, emit=lambda _: None)
-    lines: list[str] = []
+    lines.clear()
     rc_ray.run({**config, "output": "fork"}, fork_from="run", emit=lines.append)
     assert any("rewards kept: length" in line for line in lines)
     groups = [g for file in (folder / "fork" / "candidates").glob("*.parquet") for g in pq.read_table(file).to_pylist()]
