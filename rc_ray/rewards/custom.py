@@ -36,11 +36,12 @@ def load_class(path: str, args: dict[str, Any], field: str = "class", content: b
     found = load_code(field, path, content)
     if not inspect.isclass(found):
         raise ConfigError(f"{field} = {path!r}: this is no class; name a class with score(prompts, answers)")
-    if not callable(getattr(found, "score", None)):
+    score = getattr(found, "score", None)
+    if not callable(score):
         raise ConfigError(f"{field} = {path!r}: the class has no method `score`; give it score(self, prompts, answers)")
     static = isinstance(inspect.getattr_static(found, "score"), classmethod | staticmethod)
     try:
-        inspect.signature(found.score).bind(*([] if static else [None]), [], [])
+        inspect.signature(score).bind(*([] if static else [None]), [], [])
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{field} = {path!r}: its `score`: {error}; expected score(self, prompts, answers)") from None
     try:
