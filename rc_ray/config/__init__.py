@@ -11,7 +11,15 @@ from rc_ray.config.load import (
     to_yaml,
 )
 from rc_ray.config.reward_training import RewardTrainingConfig
-from rc_ray.config.rewards import ClassifierReward, HttpReward, ImplicitReward, JudgeReward, RewardConfig, RuleReward
+from rc_ray.config.rewards import (
+    ClassifierReward,
+    CustomReward,
+    HttpReward,
+    ImplicitReward,
+    JudgeReward,
+    RewardConfig,
+    RuleReward,
+)
 from rc_ray.config.schema import (
     BudgetConfig,
     ClusterConfig,
@@ -29,6 +37,7 @@ __all__ = [
     "ClassifierReward",
     "ClusterConfig",
     "Config",
+    "CustomReward",
     "EnsembleConfig",
     "EvaluationConfig",
     "GenerationConfig",

@@ -16,7 +16,12 @@ class Section(BaseModel):
     """Base of all sections: frozen, unknown keys forbidden, descriptions taken from the docstrings under the fields."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        serialize_by_alias=True,  # a key that Python reserves has another name as an attribute
     )
 
 

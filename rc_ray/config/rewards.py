@@ -195,6 +195,33 @@ class RuleReward(Section):
         return {}
 
 
+class CustomReward(Section):
+    """A class of the user's own."""
+
+    kind: Literal["custom"]
+    """Reward from an object with `score(prompts, answers) -> list[float | None]`; see `rc_ray.rewards.custom`."""
+
+    class_path: str = Field(alias="class")
+    """`path/to/file.py:ClassName`, whose file is sent to every node, or `module:ClassName`, which every node must be able to import."""
+
+    args: dict[str, Any] = {}
+    """Keyword arguments of the class."""
+
+    pool: PoolConfig = deployment(PoolConfig())
+    """This objective's actor pool; on CPUs unless `num_gpus` is given."""
+
+    @field_validator("class_path")
+    @classmethod
+    def _file_or_module_and_name(cls, value: str) -> str:
+        if not re.fullmatch(r"(.*[^/\\]\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*", value):
+            raise ValueError("must be `path/to/file.py:ClassName` or `module:ClassName`, e.g. my_rewards.py:Truthful")
+        return value
+
+    def models(self) -> dict[str, tuple[str, str | None]]:
+        """None that is known."""
+        return {}
+
+
 class ServiceReward(Section):
     """What rewards from a service have in common."""
 
@@ -284,4 +311,6 @@ class JudgeReward(ServiceReward):
         return self
 
 
-RewardConfig = Annotated[ClassifierReward | HttpReward | ImplicitReward | JudgeReward | RuleReward, Field(discriminator="kind")]
+RewardConfig = Annotated[
+    ClassifierReward | CustomReward | HttpReward | ImplicitReward | JudgeReward | RuleReward, Field(discriminator="kind")
+]

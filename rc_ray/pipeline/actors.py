@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -25,7 +26,7 @@ from rc_ray.ledger.storage import Folder
 from rc_ray.pipeline.attempts import Attempts
 from rc_ray.pipeline.policies import Member, Policy, engines_of
 from rc_ray.pipeline.progress import Reporter, ask_board
-from rc_ray.rewards.base import Score, ScorerDied
+from rc_ray.rewards.base import Score, ScorerDied, figures_of
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -228,8 +229,8 @@ class ScoreGroups:
     """Adds one objective's rewards to every group of a block."""
 
     def __init__(
-        self, objective: str, config: RewardConfig, on_gpu: bool, num_threads: int, board: Any | None, stage: str, max_attempts: int,
-        first: bool, last: bool, keep_scored: bool,
+        self, objective: str, config: RewardConfig, content: bytes | None, on_gpu: bool, num_threads: int, board: Any | None, stage: str,
+        max_attempts: int, first: bool, last: bool, keep_scored: bool,
     ) -> None:  # fmt: skip
         if not on_gpu:
             os.environ["OMP_NUM_THREADS"] = str(num_threads)
@@ -240,11 +241,13 @@ class ScoreGroups:
         from rc_ray.rewards.base import build_reward
 
         self._objective, self._first, self._last, self._keep_scored = objective, first, last, keep_scored
-        self._reward = build_reward(config, on_gpu, num_threads)
+        self._reward = build_reward(config, on_gpu, num_threads, content)
         self._reporter = Reporter(board, stage)
         self._attempts = Attempts(board, f"{stage} {objective}", max_attempts)
         if last:
             self._reporter.ready()
+        self._busy_s, self._figures = 0.0, figures_of(self._reward)
+        self._reporter.scored(objective, {}, 0.0)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Appends `reward.<objective>` and `missing.<objective>`."""
@@ -276,6 +279,7 @@ class ScoreGroups:
                         scores[i] = together[number]
                     else:
                         scores[i] = self._score_alone(ids[i], prompts[i], [c["text"] for c in candidates[i]])
+            self._report()
         rewards = [[s.value for s in group] for group in scores]
         missing = [self._why_missing(group) for group in scores]
         for reason in list(filter(None, missing))[-1:]:
@@ -286,7 +290,7 @@ class ScoreGroups:
         """The scores of each group; None after an error, which one group alone may have caused."""
         try:
             flat = [(prompt, c["text"]) for prompt, group in groups for c in group]
-            scores = iter(self._reward.score([p for p, _ in flat], [a for _, a in flat]))
+            scores = iter(self._ask([p for p, _ in flat], [a for _, a in flat]))
             return [[next(scores) for _ in group] for _, group in groups]
         except ScorerDied as error:
             self._leave(error)
@@ -298,11 +302,25 @@ class ScoreGroups:
             if given_up:
                 return [Score(None, given_up)] * len(answers)
             try:
-                return self._reward.score([prompt] * len(answers), answers)
+                return self._ask([prompt] * len(answers), answers)
             except ScorerDied as error:
                 self._leave(error)
             except Exception as error:
                 return [Score(None, f"scoring failed: {type(error).__name__}: {error}"[:500])] * len(answers)
+
+    def _ask(self, prompts: list[Any], answers: list[str]) -> list[Score]:
+        began_s = time.monotonic()
+        try:
+            return self._reward.score(prompts, answers)
+        finally:
+            self._busy_s += time.monotonic() - began_s
+
+    def _report(self) -> None:
+        """Tells the board what the reward has done since the last time."""
+        before, self._figures = self._figures, figures_of(self._reward)
+        counts = {name: value - before.get(name, 0) for name, value in self._figures.items()}
+        self._reporter.scored(self._objective, counts, self._busy_s)
+        self._busy_s = 0.0
 
     def _leave(self, error: ScorerDied) -> NoReturn:
         """Ends this process, so that Ray starts another one, which does the block again."""

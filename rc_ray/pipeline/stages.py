@@ -6,6 +6,7 @@ work when it is run again, and says so.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rc_ray.config import Config, RewardTrainingConfig
+from rc_ray.config import Config, CustomReward, RewardTrainingConfig, RuleReward
 from rc_ray.core.measure import Fitted, Summary, fit
 from rc_ray.core.selection import needs_fit, select_pairs, summarize
 from rc_ray.errors import DataError, ResumeError
@@ -36,6 +37,9 @@ from rc_ray.pipeline.graph import GroupRun, budget_end, resumable, run_groups
 from rc_ray.pipeline.pilot import side_by_side
 from rc_ray.pipeline.plan import Plan
 from rc_ray.pipeline.policies import members_of, model_names, policy_of
+from rc_ray.rewards.code import named_code, read_code
+from rc_ray.rewards.custom import load_class
+from rc_ray.rewards.figures import Scoring, remarks
 from rc_ray.rewards.rule import load_function
 
 PROMPTS, EVAL_PROMPTS, SAMPLE, SCORE, SELECT, TRAIN, EVALUATE = (
@@ -55,34 +59,43 @@ class Session:
 
 
 def check(config: Config) -> dict[str, str]:
-    """Checks prompts, models and functions without starting or writing anything; returns the hashes of the data.
+    """Checks prompts, models and the user's code without starting or writing anything; returns the hashes of data and code.
 
     Raises:
         DataError, ModelError, ConfigError, ResumeError: the first thing that is wrong.
     """
     check_engine_arguments(config.generation.engine)
-    hashes = {PROMPTS: sources.check_source("prompts", config.prompts)}
+    hashes = {PROMPTS: sources.check_source("prompts", config.prompts), **check_rewards(config)}
     if config.evaluation.prompts is not None:
         hashes[EVAL_PROMPTS] = sources.check_source("evaluation.prompts", config.evaluation.prompts)
     rundir.check_owner(config, hashes)
     _check_policies(config)
-    check_rewards(config)
     return hashes
 
 
-def check_rewards(config: Config) -> None:
-    """Checks that reward models and functions are there.
+def check_rewards(config: Config) -> dict[str, str]:
+    """Checks that reward models, functions and classes are there; returns the hashes of the user's code by the field that names it.
 
     Raises:
         ModelError, ConfigError: the first that is not.
     """
+    hashes = {}
     for name, reward in config.rewards.items():
         for field, (model, revision, is_adapter) in reward.models().items():
             (check_adapter if is_adapter else check_model)(f"rewards.{name}.{field}", model, revision)
         if reward.kind == "classifier":
             check_engine_arguments(reward.engine_arguments, f"rewards.{name}.engine_arguments")
-        if reward.kind == "rule":
-            load_function(reward.function, reward.args, f"rewards.{name}.function")
+        named = named_code(name, reward)
+        if named is None:
+            continue
+        if isinstance(reward, RuleReward):
+            load_function(reward.function, reward.args, named[0])
+        elif isinstance(reward, CustomReward):
+            load_class(reward.class_path, reward.args, named[0])
+        content = read_code(*named)
+        if content is not None:
+            hashes[named[0]] = hashlib.blake2b(content, digest_size=16).hexdigest()
+    return hashes
 
 
 def _check_policies(config: Config) -> None:
@@ -213,11 +226,24 @@ def sample_and_score(
         return None
     assert session is not None
     ended = run_groups(groups, config, session.plan, session.board, sample, score)
-    _record_timing(run, session)
+    _record_timing(run, session, _scoring(config, session, SCORE))
     return ended
 
 
-def _record_timing(run: RunDir, session: Session) -> None:
+def _scoring(config: Config, session: Session, stage: str) -> dict[str, Scoring]:
+    """What the actors of each objective have done in a stage or in its phases, in this session; prints what the user should know of it."""
+    import ray
+
+    found: dict[str, Scoring] = {}
+    for phase in (*(f"{stage}_{name}" for name in config.rewards), stage):
+        found |= ray.get(session.board.scoring.remote(phase))
+    for name, scoring in found.items():
+        for line in remarks(name, scoring.summary()):
+            session.emit(f"{stage:<9} {line}")
+    return found
+
+
+def _record_timing(run: RunDir, session: Session, scoring: dict[str, Scoring]) -> None:
     """Adds this session's tokens and seconds of sampling and scoring to the manifest, from the first engine that was ready on."""
     import ray
 
@@ -228,12 +254,14 @@ def _record_timing(run: RunDir, session: Session) -> None:
     before = run.manifest().get("timing") or {"tokens": 0, "seconds": 0.0}
     load = counts[SAMPLE].load if SAMPLE in counts else Load()
     pools = {**session.plan.engines, **session.plan.rewards}
+    earlier = {name: Scoring(**recorded) for name, recorded in before.get("scoring", {}).items()}
     run.update_manifest(
         timing={
             "tokens": before["tokens"] + (counts[SAMPLE].tokens if SAMPLE in counts else 0),
             # Reward models are ready while engines are still being loaded, so the first stage's time counts.
             "seconds": before["seconds"] + max(s.updated_s for s in worked) - worked[0].ready_s,
             "load": (Load.from_dict(before["load"]) + load if "load" in before else load).as_dict(),
+            "scoring": {name: vars(earlier.get(name, Scoring()) + scoring.get(name, Scoring())) for name in earlier | scoring},
             "gpus": max(sum(pools[name].total_gpus for name in phase) for phase in session.plan.phases),
         }
     )
@@ -386,6 +414,7 @@ def evaluate(config: Config, run: RunDir, session: Session | None) -> None:
         if not is_done(groups[side], groups[side].score_stage):
             assert session is not None
             run_groups(groups[side], config, session.plan, session.board)
+            _scoring(config, session, groups[side].score_stage)
     before, after = (groups[side].groups.read_all() for side in SIDES)
     run.ledger.finish(EVALUATE, compare(before, after, list(config.rewards), config.evaluation, config.seed).as_dict())
 
@@ -418,9 +447,11 @@ def report(config: Config, run: RunDir) -> dict[str, Any]:
         "sampling": _sampling(config, ledger),
         "fingerprint": run.manifest()["fingerprint"],
     }
-    load = (run.manifest().get("timing") or {}).get("load")
-    if load:
-        metrics["sampling"] |= Load.from_dict(load).summary()
+    timing = run.manifest().get("timing") or {}
+    if timing.get("load"):
+        metrics["sampling"] |= Load.from_dict(timing["load"]).summary()
+    if timing.get("scoring"):
+        metrics["scoring"] = {name: Scoring(**recorded).summary() for name, recorded in timing["scoring"].items()}
     if ledger.is_finished(TRAIN):
         metrics["training"] = ledger.facts(TRAIN)
     if ledger.is_finished(EVALUATE):

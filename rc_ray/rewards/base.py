@@ -6,10 +6,11 @@ score is missing with a reason, never a number.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rc_ray.config import ClassifierReward, HttpReward, ImplicitReward, JudgeReward, RewardConfig, RuleReward
+from rc_ray.config import ClassifierReward, CustomReward, HttpReward, ImplicitReward, JudgeReward, RewardConfig, RuleReward
 from rc_ray.core.ids import Message
 from rc_ray.generation.hardware import choose_dtype
 
@@ -29,6 +30,8 @@ class Score:
     @classmethod
     def checked(cls, value: Any) -> Score:
         """A score from what a reward returned; None, what is no number, and what float32 cannot hold become missing."""
+        if isinstance(value, Score):
+            return value if value.value is None and value.missing else cls.checked(value.value)
         if value is None:
             return cls(None, "no score returned")
         if isinstance(value, str | bytes):
@@ -40,6 +43,18 @@ class Score:
         if not abs(number) <= MAX_FLOAT32:
             return cls(None, f"score is {number}")
         return cls(number)
+
+
+def read_scores(returned: Iterable[Any], number: int, whose: str) -> list[Score]:
+    """Scores from what the user's code returned.
+
+    Raises:
+        ValueError: it returned another number of values.
+    """
+    values = list(returned)
+    if len(values) != number:
+        raise ValueError(f"{whose} returned {len(values)} values for {number} answers")
+    return [Score.checked(value) for value in values]
 
 
 def reward_dtype(requested: str, on_gpu: bool) -> str:
@@ -81,16 +96,23 @@ def figures_of(reward: Reward) -> dict[str, int]:
     return figures() if figures is not None else {}
 
 
-def build_reward(config: RewardConfig, on_gpu: bool, num_threads: int) -> Reward:
+def build_reward(config: RewardConfig, on_gpu: bool, num_threads: int, content: bytes | None = None) -> Reward:
     """The reward that a configuration names, loaded in this process.
 
+    Args:
+        content: of the file with the user's code, see `rc_ray.rewards.code.load_code`.
+
     Raises:
-        ConfigError, ModelError: the function or model cannot be loaded.
+        ConfigError, ModelError: the function, class or model cannot be loaded.
     """
     if isinstance(config, RuleReward):
         from rc_ray.rewards.rule import RuleRewardFunction
 
-        return RuleRewardFunction(config.function, config.args)
+        return RuleRewardFunction(config.function, config.args, content)
+    if isinstance(config, CustomReward):
+        from rc_ray.rewards.custom import CustomRewardObject
+
+        return CustomRewardObject(config, on_gpu, num_threads, content)
     if isinstance(config, HttpReward):
         from rc_ray.rewards.http import HttpRewardService
 

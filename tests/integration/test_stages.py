@@ -60,7 +60,9 @@ def test_three_actors_and_other_chunks_in_another_order_give_the_same_candidates
 def test_datasets_in_datasets_out(tiny_config: dict[str, Any], ray_session: Any) -> None:
     config = copy.deepcopy(tiny_config) | {"prompts": {"path": "not used", "column": "question"}, "output": "not used"}
     prompts = ray_session.data.from_items([{"question": q} for q in ("hello", "world", "hello", "")])
-    groups = rc_ray.score(config, rc_ray.sample(config, prompts)).materialize()
+    groups = rc_ray.score(config, rc_ray.sample(config, prompts))
+    assert not isinstance(groups, ray_session.data.dataset.MaterializedDataset)  # there is room for all pools at once
+    groups = groups.materialize()
     rows = groups.take_all()
     assert sorted(str(r["failure"]) for r in rows) == ["None", "None", "duplicate_prompt", "empty_prompt"]
     assert all(len(r["candidates"]) == len(r["reward.helpful"]) == 6 for r in rows if r["failure"] is None)
