@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,6 +20,7 @@ from rc_ray.core.ids import candidate_seed
 from rc_ray.core.measure import Fitted
 from rc_ray.core.selection import select_pairs
 from rc_ray.errors import ResumeError
+from rc_ray.generation.engine import EngineDied, GroupTimedOut
 from rc_ray.ledger.ledger import Ledger, chunk_name
 from rc_ray.ledger.storage import Folder
 from rc_ray.pipeline.attempts import Attempts
@@ -205,22 +206,24 @@ class GenerateGroups:
 
     def _collect(self, row: dict[str, Any], futures: list[tuple[str, Future[list[Candidate]]]]) -> tuple[str, str] | None:
         """Appends the candidates of the futures to the row; returns (reason, detail) of one that has none."""
-        from rc_ray.generation.engine import EngineDied, GroupTimedOut
-
         for name, future in futures:
             whose = self._whose(name)
             try:
                 row["candidates"] += [{**vars(candidate), "policy": name} for candidate in future.result()]
             except EngineDied as error:
-                # Raising would keep this actor with its dead engine; leaving makes Ray start another and retry the block.
-                print(f"rc_ray: the vLLM engine died: {error}", file=sys.stderr, flush=True)
-                self._reporter.error(f"the vLLM engine died: {error}"[:500], leaving=True)
-                os._exit(1)
+                leave(self._reporter, error)
             except GroupTimedOut as error:
                 return "generation_failed", f"{whose}{error}"
             except Exception as error:  # vLLM refused this request
                 return "generation_failed", f"{whose}{type(error).__name__}: {error}"[:500]
         return None
+
+
+def leave(reporter: Reporter, error: Exception) -> NoReturn:
+    """Ends this process, whose engine died: raising would keep the actor as it is; now Ray starts another and retries the block."""
+    print(f"rc_ray: the vLLM engine died: {error}", file=sys.stderr, flush=True)
+    reporter.error(f"the vLLM engine died: {error}"[:500], leaving=True)
+    os._exit(1)
 
 
 class ScoreGroups:
@@ -287,6 +290,8 @@ class ScoreGroups:
             flat = [(prompt, c["text"]) for prompt, group in groups for c in group]
             scores = iter(self._reward.score([p for p, _ in flat], [a for _, a in flat]))
             return [[next(scores) for _ in group] for _, group in groups]
+        except EngineDied as error:
+            leave(self._reporter, error)
         except Exception:
             return None
 
@@ -296,6 +301,8 @@ class ScoreGroups:
                 return [Score(None, given_up)] * len(answers)
             try:
                 return self._reward.score([prompt] * len(answers), answers)
+            except EngineDied as error:
+                leave(self._reporter, error)
             except Exception as error:
                 return [Score(None, f"scoring failed: {type(error).__name__}: {error}"[:500])] * len(answers)
 

@@ -80,6 +80,8 @@ def check_rewards(config: Config) -> None:
             check_model(f"rewards.{name}.{field}", model, revision)
         if reward.kind == "rule":
             load_function(reward.function, reward.args, f"rewards.{name}.function")
+        if reward.kind == "judge":
+            check_engine_arguments(reward.engine, f"rewards.{name}.engine")
 
 
 def _check_policies(config: Config) -> None:
