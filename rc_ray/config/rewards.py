@@ -263,6 +263,11 @@ class JudgeReward(ServiceReward):
     engine: dict[str, Any] = {}
     """Further vLLM engine arguments for a model that is loaded here, by vLLM's own names; checked against vLLM's own list."""
 
+    @field_validator("method", mode="before")
+    @classmethod
+    def _word(cls, value: Any) -> Any:
+        return "yes" if value is True else value  # as YAML reads the bare word
+
     @model_validator(mode="after")
     def _scale(self) -> JudgeReward:
         if self.highest <= self.lowest:

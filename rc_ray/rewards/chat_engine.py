@@ -35,6 +35,8 @@ class EngineChat:
     def __init__(self, config: JudgeReward, on_gpu: bool, num_threads: int) -> None:
         if not on_gpu:
             os.environ.update(cpu_engine_environment(1, config.engine)[0] | {"OMP_NUM_THREADS": str(num_threads)})
+        # In this process on GPUs, too: vLLM waits for ever for an engine in another one that died.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         path = local_model(config.model)
         self._renderer = PromptRenderer(path, config.revision, config.trust_remote_code)

@@ -57,6 +57,7 @@ class JudgeRewardModel:
         if config.method == "yes":
             self._wanted = Wanted(1, num_first_tokens=NUM_FIRST_TOKENS)
             return
+        fields: dict[str, Any]
         if config.method == "score":
             fields = {"score": {"type": "integer", "minimum": config.lowest, "maximum": config.highest}}
         else:

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+import yaml
 
 from rc_ray.config import HttpReward, JudgeReward, load_config, to_yaml
 from rc_ray.errors import ConfigError
@@ -308,5 +309,8 @@ def test_a_judge_is_configured_like_any_reward(service: Service) -> None:
     service.script = [completion('{"score": 2}')]
     reward = build_reward(config.rewards["length"], on_gpu=False, num_threads=1)
     assert reward.score([[{"role": "user", "content": "q"}]], ["a"]) == [Score(2.0)]
+    config = load_config(GOOD, [f"rewards.length={{kind: judge, url: '{service.url}', model: m, criterion: c, method: yes}}"])
+    assert config.rewards["length"].method == "yes"  # which YAML reads as true
+    assert load_config(yaml.safe_load(to_yaml(config))) == config
     with pytest.raises(ConfigError, match=r"highest \(1\) must be above lowest \(1\)"):
         load_config(GOOD, [f"rewards.length={{kind: judge, url: '{service.url}', model: m, criterion: c, highest: 1}}"])
