@@ -119,7 +119,8 @@ class JudgeRewardModel:
         if not (found["yes"] and found["no"]):
             absent = " and ".join(word for word, values in found.items() if not values)
             return Score(None, f"{absent} not among the judge's {len(reply.first_tokens)} likeliest first tokens")
-        yes, no = (float(np.logaddexp.reduce(values)) for values in found.values())
+        with np.errstate(invalid="ignore"):  # what is no number is missing, too
+            yes, no = (float(np.logaddexp.reduce(values)) for values in found.values())
         return Score.checked(yes - no)
 
     def _compare_all(self, prompts: list[list[Message]], answers: list[str]) -> list[Score]:
