@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from rc_ray.config.base import PoolConfig, Section, deployment
+from rc_ray.config.base import PARALLEL_SIZES, PoolConfig, Section, deployment
 
 NamedModels = dict[str, tuple[str, str | None, bool]]
 # vLLM's engine arguments that a classifier sets itself, and what there is to set instead.
@@ -217,15 +219,22 @@ class CustomReward(Section):
             raise ValueError("must be `path/to/file.py:ClassName` or `module:ClassName`, e.g. my_rewards.py:Truthful")
         return value
 
-    def models(self) -> dict[str, tuple[str, str | None]]:
+    def models(self) -> NamedModels:
         """None that is known."""
         return {}
+
+
+def _no_effect(section: Section, names: Iterable[str], where: str) -> None:
+    """Refuses fields that are set to something and are not looked at."""
+    for name in names:
+        if getattr(section, name) != type(section).model_fields[name].default:
+            raise ValueError(f"{name} has no effect {where}; remove it")
 
 
 class ServiceReward(Section):
     """What rewards from a service have in common."""
 
-    url: str
+    url: str | None = None
     """`https://...`; `http://...` for what sends no token."""
 
     token_env: str | None = deployment(None)
@@ -245,11 +254,17 @@ class ServiceReward(Section):
     """How often a request is repeated after a failed connection, a timeout, or status 429, 500, 502, 503 or 504; the wait doubles from a
     second on, or is what `Retry-After` says. After the last one the scores of its answers are missing."""
 
+    max_requests_per_minute: float | None = deployment(None, gt=0)
+    """Requests, repetitions among them, that each actor begins per minute at most, evenly spaced: the service's limit divided by the number
+    of actors. None: no limit but `num_connections`."""
+
     pool: PoolConfig = deployment(PoolConfig())
     """This objective's actor pool."""
 
     @model_validator(mode="after")
     def _safe(self) -> ServiceReward:
+        if self.url is None:
+            return self
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("url must begin with https:// or http:// and name a host")
@@ -276,24 +291,39 @@ class HttpReward(ServiceReward):
     kind: Literal["http"]
     """Reward from a POST request per batch."""
 
+    url: str
+    """`https://...`; `http://...` for what sends no token."""
+
     batch_size: int = deployment(32, ge=1)
     """Answers per request."""
 
 
+# Fields of a judge that count in one place only: at an endpoint, or in an engine here.
+AT_ENDPOINT = ("token_env", "ca_file", "num_connections", "timeout_s", "max_retries", "max_requests_per_minute")
+IN_ENGINE = ("revision", "trust_remote_code", "max_length", "dtype", "engine_arguments")
+# vLLM's engine arguments that have fields of their own, and these.
+OWNED = {name: name for name in ("model", "revision", "trust_remote_code", "dtype")} | {"max_model_len": "max_length"}
+
+
 class JudgeReward(ServiceReward):
-    """A language model that judges each answer by a criterion, behind an OpenAI-compatible endpoint."""
+    """A language model that judges answers by a criterion: behind an OpenAI-compatible endpoint, or loaded here with vLLM."""
 
     kind: Literal["judge"]
-    """Reward from a chat completion per answer; `url` is that of the completions, e.g. `https://host/v1/chat/completions`."""
+    """Reward from one chat completion per answer, or two per pair of answers."""
+
+    url: str | None = None
+    """Of an endpoint's chat completions, e.g. `https://host/v1/chat/completions`. None: the model is loaded in this objective's actors."""
 
     model: str
-    """Name of the model at the endpoint."""
+    """Name of the model at the endpoint; without `url` a Hub id, local folder, or `embedded:NAME`."""
 
     criterion: str = Field(min_length=1)
     """What a good answer is, in a sentence or a whole rubric, e.g. `The answer is truthful, and says so where it does not know.`"""
 
-    method: Literal["score", "yes"] = "score"
-    """`score`: a whole number on a scale, as JSON by a schema. `yes`: log p(yes) - log p(no) of the reply's first token, which is finer."""
+    method: Literal["score", "yes", "pairwise"] = "score"
+    """`score`: a whole number on a scale, as JSON by a schema. `yes`: log p(yes) - log p(no) of the reply's first token, which is finer.
+    `pairwise`: the answers of a prompt are compared with each other, each two in both orders; the reward is an answer's share of points,
+    1 for a win in both orders and 1/2 where the orders disagree or neither is better. It means nothing beside answers of other groups."""
 
     lowest: int = 1
     """Lowest score."""
@@ -302,13 +332,75 @@ class JudgeReward(ServiceReward):
     """Highest score."""
 
     max_tokens: int = Field(64, ge=1)
-    """Most tokens of a reply with a score; a longer one is cut, and its score missing."""
+    """Most tokens of a reply with a score or a comparison; a longer one is cut, and does not count."""
+
+    max_comparisons: int | None = Field(None, ge=2, multiple_of=2)
+    """With `pairwise`, comparisons of one answer: half of them with the next and half with the previous answers on a circle in an order drawn
+    by hash. N answers then take N x max_comparisons requests. None, or where a group has no more: with all others, N x (N - 1) requests."""
+
+    revision: str | None = None
+    """Git revision of a Hub model that is loaded here."""
+
+    trust_remote_code: bool = False
+    """Run Python code from the repository of a model that is loaded here. Off unless you trust this one model."""
+
+    max_length: int | None = Field(None, ge=8)
+    """Most tokens of question and reply together in an engine here; None takes 8192, or the model's own limit where that is lower. What is
+    longer is not judged, and never cut."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of a model that is loaded here. `auto`: bfloat16 on GPUs, float32 on CPUs."""
+
+    engine_arguments: dict[str, Any] = {}
+    """Further vLLM engine arguments for a model that is loaded here, by vLLM's own names; checked against vLLM's own list."""
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _word(cls, value: Any) -> Any:
+        return "yes" if value is True else value  # as YAML reads the bare word
 
     @model_validator(mode="after")
     def _scale(self) -> JudgeReward:
         if self.highest <= self.lowest:
             raise ValueError(f"highest ({self.highest}) must be above lowest ({self.lowest})")
         return self
+
+    @model_validator(mode="after")
+    def _effective(self) -> JudgeReward:
+        if self.url is None:
+            _no_effect(self, AT_ENDPOINT, "without `url`, where the model is loaded here")
+        else:
+            _no_effect(self, IN_ENGINE, "with `url`, where the model runs elsewhere")
+        where = f"with method: {self.method}"
+        if self.method != "score":
+            _no_effect(self, ("lowest", "highest"), where)
+        if self.method == "yes":
+            _no_effect(self, ("max_tokens",), where)
+        if self.method != "pairwise":
+            _no_effect(self, ("max_comparisons",), where)
+        return self
+
+    @model_validator(mode="after")
+    def _engine(self) -> JudgeReward:
+        for name, field in OWNED.items():
+            if name in self.engine_arguments:
+                raise ValueError(f"engine_arguments.{name} has a field of its own; set {field}")
+        if self.max_length is not None and self.max_tokens >= self.max_length:
+            raise ValueError(f"max_tokens ({self.max_tokens}) leaves no room for a question in max_length ({self.max_length})")
+        sizes = {name: self.engine_arguments.get(name, 1) for name in PARALLEL_SIZES}
+        for name, size in sizes.items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"engine_arguments.{name} ({size!r}) must be a whole number of at least 1")
+        devices = math.prod(sizes.values())
+        if devices > 1 and self.pool.num_gpus != devices:
+            raise ValueError(
+                f"an engine with tensor_parallel_size x pipeline_parallel_size = {devices} needs pool.num_gpus: {devices}, on one node"
+            )
+        return self
+
+    def models(self) -> NamedModels:
+        """See `ClassifierReward.models`."""
+        return {"model": (self.model, self.revision, False)} if self.url is None else {}
 
 
 RewardConfig = Annotated[

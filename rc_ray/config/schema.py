@@ -12,12 +12,9 @@ from typing import Any, Literal
 
 from pydantic import AwareDatetime, Field, field_validator, model_validator
 
-from rc_ray.config.base import NAME_PATTERN, RESERVED_NAMES, PoolConfig, Section, deployment
-from rc_ray.config.rewards import RewardConfig
+from rc_ray.config.base import NAME_PATTERN, PARALLEL_SIZES, RESERVED_NAMES, PoolConfig, Section, deployment
+from rc_ray.config.rewards import JudgeReward, RewardConfig
 from rc_ray.config.selection import SelectionConfig
-
-# vLLM's names for how many devices share one engine.
-PARALLEL_SIZES = ("tensor_parallel_size", "pipeline_parallel_size")
 
 
 class PromptsConfig(Section):
@@ -398,6 +395,22 @@ class Config(Section):
             raise ValueError(
                 f"generation.adapter = {self.generation.adapter!r}: DPO starts from `model`, without the adapter, and so would train another "
                 "policy than the one sampled; set training.enabled: false, or merge the adapter into the model and give that as `model`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pairwise(self) -> Config:
+        """Rewards that compare the answers of a group with each other stand for the whole group only."""
+        names = [n for n, reward in self.rewards.items() if isinstance(reward, JudgeReward) and reward.method == "pairwise"]
+        if names and self.generation.max_candidates is not None:
+            raise ValueError(
+                f"generation.max_candidates scores the first answers of a group before there are more, but rewards.{names[0]} compares all of "
+                "them with each other (method: pairwise); use method: score or yes, or a fixed num_candidates"
+            )
+        if names and self.training.enabled and self.evaluation.prompts is not None:
+            raise ValueError(
+                f"evaluation.prompts compares rewards before and after training, but those of rewards.{names[0]} are shares within a group "
+                "(method: pairwise), whose mean is 1/2 in both; use method: score or yes, or leave evaluation.prompts out"
             )
         return self
 

@@ -32,7 +32,7 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def check_engine_arguments(given: dict[str, Any], field: str = "generation.engine") -> None:
-    """Checks the keys of a field with engine arguments.
+    """Checks the keys of a field that holds engine arguments.
 
     Raises:
         ConfigError: vLLM has no such argument.

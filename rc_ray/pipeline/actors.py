@@ -21,12 +21,13 @@ from rc_ray.core.ids import candidate_seed
 from rc_ray.core.measure import Fitted
 from rc_ray.core.selection import select_pairs
 from rc_ray.errors import ResumeError
+from rc_ray.generation.engine import EngineDied, GroupTimedOut
 from rc_ray.ledger.ledger import Ledger, chunk_name
 from rc_ray.ledger.storage import Folder
 from rc_ray.pipeline.attempts import Attempts
 from rc_ray.pipeline.policies import Member, Policy, engines_of
 from rc_ray.pipeline.progress import Reporter, ask_board
-from rc_ray.rewards.base import Score, ScorerDied, figures_of
+from rc_ray.rewards.base import Score, figures_of
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -207,22 +208,24 @@ class GenerateGroups:
 
     def _collect(self, row: dict[str, Any], futures: list[tuple[str, Future[list[Candidate]]]]) -> tuple[str, str] | None:
         """Appends the candidates of the futures to the row; returns (reason, detail) of one that has none."""
-        from rc_ray.generation.engine import EngineDied, GroupTimedOut
-
         for name, future in futures:
             whose = self._whose(name)
             try:
                 row["candidates"] += [{**vars(candidate), "policy": name} for candidate in future.result()]
             except EngineDied as error:
-                # Raising would keep this actor with its dead engine; leaving makes Ray start another and retry the block.
-                print(f"rc_ray: the vLLM engine died: {error}", file=sys.stderr, flush=True)
-                self._reporter.error(f"the vLLM engine died: {error}"[:500], leaving=True)
-                os._exit(1)
+                leave(self._reporter, error)
             except GroupTimedOut as error:
                 return "generation_failed", f"{whose}{error}"
             except Exception as error:  # vLLM refused this request
                 return "generation_failed", f"{whose}{type(error).__name__}: {error}"[:500]
         return None
+
+
+def leave(reporter: Reporter, error: Exception) -> NoReturn:
+    """Ends this process, whose engine died: raising would keep the actor as it is; now Ray starts another and retries the block."""
+    print(f"rc_ray: the vLLM engine died: {error}", file=sys.stderr, flush=True)
+    reporter.error(f"the vLLM engine died: {error}"[:500], leaving=True)
+    os._exit(1)
 
 
 class ScoreGroups:
@@ -292,8 +295,8 @@ class ScoreGroups:
             flat = [(prompt, c["text"]) for prompt, group in groups for c in group]
             scores = iter(self._ask([p for p, _ in flat], [a for _, a in flat]))
             return [[next(scores) for _ in group] for _, group in groups]
-        except ScorerDied as error:
-            self._leave(error)
+        except EngineDied as error:
+            leave(self._reporter, error)
         except Exception:
             return None
 
@@ -303,8 +306,8 @@ class ScoreGroups:
                 return [Score(None, given_up)] * len(answers)
             try:
                 return self._ask([prompt] * len(answers), answers)
-            except ScorerDied as error:
-                self._leave(error)
+            except EngineDied as error:
+                leave(self._reporter, error)
             except Exception as error:
                 return [Score(None, f"scoring failed: {type(error).__name__}: {error}"[:500])] * len(answers)
 
@@ -322,13 +325,6 @@ class ScoreGroups:
         self._reporter.scored(self._objective, counts, self._busy_s)
         self._busy_s = 0.0
 
-    def _leave(self, error: ScorerDied) -> NoReturn:
-        """Ends this process, so that Ray starts another one, which does the block again."""
-        print(f"rc_ray: {self._objective}: {error}", file=sys.stderr, flush=True)
-        self._reporter.error(f"{self._objective}: {error}"[:500], leaving=True)
-        os._exit(1)
-
-    @staticmethod
     def _why_missing(group: list[Score]) -> str | None:
         reasons = Counter(s.missing for s in group if s.value is None)
         return "; ".join(f"{n}x {reason}" for reason, n in reasons.items()) or None

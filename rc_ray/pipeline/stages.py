@@ -85,6 +85,8 @@ def check_rewards(config: Config) -> dict[str, str]:
             (check_adapter if is_adapter else check_model)(f"rewards.{name}.{field}", model, revision)
         if reward.kind == "classifier":
             check_engine_arguments(reward.engine_arguments, f"rewards.{name}.engine_arguments")
+        if reward.kind == "judge":
+            check_engine_arguments(reward.engine_arguments, f"rewards.{name}.engine_arguments")
         named = named_code(name, reward)
         if named is None:
             continue

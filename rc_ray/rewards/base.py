@@ -66,11 +66,12 @@ class Reward(Protocol):
     """Scores a batch of (prompt, answer)."""
 
     def score(self, prompts: list[list[Message]], answers: list[str]) -> list[Score]:
-        """One score per answer; `prompts[i]` are the messages before `answers[i]`. After an error the caller asks again for one
-        prompt at a time, so that it costs that prompt only.
+        """One score per answer; `prompts[i]` are the messages before `answers[i]`. The answers of a group stand together, all of them, and
+        share the object `prompts[i]`, which tells them from another group of the same prompt. After an error the caller asks again for one
+        group at a time, so that it costs that group only.
 
         Raises:
-            ScorerDied: it cannot go on, and its process must be replaced.
+            EngineDied: a vLLM engine in this process is gone, and the process must be replaced.
         """
 
 
@@ -84,10 +85,6 @@ class CountingReward(Reward, Protocol):
         `num_tokens`: of all these texts. `num_padded_tokens`: the same with padding. `num_cached_tokens`: of `num_tokens`, those that
         a prefix cache knew already.
         """
-
-
-class ScorerDied(RuntimeError):
-    """A reward cannot go on; its process must be replaced."""
 
 
 def figures_of(reward: Reward) -> dict[str, int]:
@@ -120,7 +117,13 @@ def build_reward(config: RewardConfig, on_gpu: bool, num_threads: int, content: 
     if isinstance(config, JudgeReward):
         from rc_ray.rewards.judge import JudgeRewardModel
 
-        return JudgeRewardModel(config)
+        if config.url is not None:
+            from rc_ray.rewards.chat import EndpointChat
+
+            return JudgeRewardModel(config, EndpointChat(config))
+        from rc_ray.rewards.chat_engine import EngineChat
+
+        return JudgeRewardModel(config, EngineChat(config, on_gpu=on_gpu, num_threads=num_threads))
     if isinstance(config, ImplicitReward):
         from rc_ray.rewards.implicit import ImplicitRewardModel
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from rc_ray.config import ClassifierReward
 from rc_ray.errors import ModelError
-from rc_ray.generation.engine import hide_llvmlite
+from rc_ray.generation.engine import EngineDied, hide_llvmlite
 from rc_ray.generation.hardware import cpu_engine_environment, scoring_choices
 from rc_ray.models.resolve import local_model
-from rc_ray.rewards.base import Score, ScorerDied, reward_dtype
+from rc_ray.rewards.base import Score, reward_dtype
 from rc_ray.rewards.batches import too_long
 from rc_ray.rewards.classifier import Classifier
 from rc_ray.rewards.encoding import encode
@@ -129,7 +129,7 @@ class VllmClassifier(Classifier):
         try:
             outputs = self._engine.encode(prompts, asked, pooling_task="classify", use_tqdm=False)
         except EngineDeadError as error:
-            raise ScorerDied(f"the vLLM engine died: {error}") from error
+            raise EngineDied(f"{type(error).__name__}: {error}") from error
         length = sum(len(text["input_ids"]) for text in texts)
         cached = sum(output.num_cached_tokens for output in outputs)
         self._counts.update(num_texts=len(texts), num_tokens=length, num_padded_tokens=length, num_cached_tokens=cached)

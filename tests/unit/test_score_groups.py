@@ -10,8 +10,8 @@ import pytest
 
 from rc_ray.config import RuleReward
 from rc_ray.core import schemas
+from rc_ray.generation.engine import EngineDied
 from rc_ray.pipeline.actors import ScoreGroups
-from rc_ray.rewards.base import ScorerDied
 
 
 class Left(BaseException):
@@ -19,7 +19,7 @@ class Left(BaseException):
 
 
 def dead(prompts: list[Any], answers: list[str]) -> list[float]:
-    raise ScorerDied("the engine is gone")
+    raise EngineDied("the engine is gone")
 
 
 @pytest.mark.parametrize("one_by_one", [False, True])
