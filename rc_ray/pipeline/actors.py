@@ -325,6 +325,7 @@ class ScoreGroups:
         self._reporter.scored(self._objective, counts, self._busy_s)
         self._busy_s = 0.0
 
+    @staticmethod
     def _why_missing(group: list[Score]) -> str | None:
         reasons = Counter(s.missing for s in group if s.value is None)
         return "; ".join(f"{n}x {reason}" for reason, n in reasons.items()) or None
