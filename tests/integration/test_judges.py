@@ -141,7 +141,7 @@ chat._llm.llm_engine.step = broken
 from rc_ray.pipeline.actors import ScoreGroups
 from tests.unit.test_pairwise import groups_of
 rule = RuleReward(kind="rule", function="rc_ray.rewards.rules:length_near", args={"target_words": 3})
-scorer = ScoreGroups("length", rule, True, 1, None, "score", 3, True, True, False)
+scorer = ScoreGroups("length", rule, None, True, 1, None, "score", 3, True, True, False)
 scorer._reward = judges["score"]
 scorer(groups_of(("question", ("a", "b"))))
 print("it went on")

@@ -184,7 +184,7 @@ def test_groups_of_a_block_stay_whole_and_apart(service: Service, fails_together
     service.script = [shorter]
     given = {"kind": "judge", "model": "m", "criterion": "It is brief.", "method": "pairwise", "url": service.url}
     scorer = ScoreGroups(
-        "brief", JudgeReward(**given), on_gpu=True, num_threads=1, board=None, stage="score", max_attempts=3, first=True, last=True,
+        "brief", JudgeReward(**given), content=None, on_gpu=True, num_threads=1, board=None, stage="score", max_attempts=3, first=True, last=True,
         keep_scored=False,
     )  # fmt: skip
     score: Callable[..., list[Score]] = scorer._reward.score
@@ -301,7 +301,7 @@ def test_a_judge_that_is_loaded_here_is_checked_like_any_model(tmp_path: Path) -
         judge = {"kind": "judge", "model": str(tmp_path), "criterion": "c", **options}
         return load_config({**GOOD, "rewards": {"nice": judge, "length": rule}})
 
-    assert config(revision="abc").rewards["nice"].models() == {"model": (str(tmp_path), "abc")}
+    assert config(revision="abc").rewards["nice"].models() == {"model": (str(tmp_path), "abc", False)}
     assert config(url="https://host/v1").rewards["nice"].models() == {}
     with pytest.raises(ModelError, match=r"rewards\.nice\.model = .* no config\.json"):
         check_rewards(config())
@@ -313,5 +313,5 @@ def test_a_judge_that_is_loaded_here_is_checked_like_any_model(tmp_path: Path) -
     with pytest.raises(
         ConfigError, match=r"rewards\.nice\.engine_arguments\.max_num_seq = 4: .* did you mean 'max_num_seqs'\?"
     ):
-        check_rewards(config(engine={"max_num_seq": 4}))
-    check_rewards(config(engine={"max_num_seqs": 4}))
+        check_rewards(config(engine_arguments={"max_num_seq": 4}))
+    check_rewards(config(engine_arguments={"max_num_seqs": 4}))

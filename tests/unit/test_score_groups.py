@@ -32,7 +32,7 @@ def test_a_reward_that_cannot_go_on_ends_its_process_and_nothing_is_missing_for_
     monkeypatch.setattr(os, "_exit", leave)
     config = RuleReward(kind="rule", function=f"{__name__}:dead")
     # As on a GPU, so that it does not change the priority of this process.
-    groups = ScoreGroups("x", config, True, 1, None, "score", 3, first=True, last=True, keep_scored=False)
+    groups = ScoreGroups("x", config, None, True, 1, None, "score", 3, first=True, last=True, keep_scored=False)
     if one_by_one:
         monkeypatch.setattr(groups, "_score_together", lambda groups: None)
     row = {"prompt_id": "0" * 32, "prompt": [{"role": "user", "content": "hi"}], "candidates": [{"text": "a"}]}
