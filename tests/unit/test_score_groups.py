@@ -38,4 +38,4 @@ def test_a_reward_that_cannot_go_on_ends_its_process_and_nothing_is_missing_for_
     row = {"prompt_id": "0" * 32, "prompt": [{"role": "user", "content": "hi"}], "candidates": [{"text": "a"}]}
     with pytest.raises(Left):
         groups(pa.Table.from_pylist([row], schema=schemas.GROUP))
-    assert "x: the engine is gone" in capsys.readouterr().err
+    assert "the engine is gone" in capsys.readouterr().err
