@@ -13,7 +13,7 @@ from rc_ray.config.schema import (
     PromptsConfig,
     TrainingConfig,
 )
-from rc_ray.config.selection import EnsembleConfig, SelectionConfig
+from rc_ray.config.selection import EnsembleConfig, SelectionConfig, TransformConfig
 
 __all__ = [
     "BudgetConfig",
@@ -33,6 +33,7 @@ __all__ = [
     "RuleReward",
     "SelectionConfig",
     "TrainingConfig",
+    "TransformConfig",
     "differences",
     "fingerprint",
     "load_config",
