@@ -467,10 +467,14 @@ def _fit(groups: Dataset, config: SelectionConfig) -> Fitted:
     if not needs_fit(config):
         return Fitted()
 
-    def summary(table: pa.Table) -> pa.Table:
-        return pa.table({"summary": [summarize(table, config).to_bytes()]})
+    def measure(fitted: Fitted | None = None) -> Summary:
+        def summary(table: pa.Table) -> pa.Table:
+            return pa.table({"summary": [summarize(table, config, fitted).to_bytes()]})
 
-    summaries = [Summary.from_bytes(row["summary"]) for row in groups.map_batches(summary, batch_format="pyarrow").iter_rows()]
-    if not summaries:
-        raise DataError("groups: there is no row to select from")
-    return fit(sum(summaries[1:], summaries[0]), config)
+        rows = groups.map_batches(summary, batch_format="pyarrow").iter_rows()
+        summaries = [Summary.from_bytes(row["summary"]) for row in rows]
+        if not summaries:
+            raise DataError("groups: there is no row to select from")
+        return sum(summaries[1:], summaries[0])
+
+    return fit(measure(), config, measure)

@@ -30,7 +30,7 @@ from rc_ray.config.schema import (
     PromptsConfig,
     TrainingConfig,
 )
-from rc_ray.config.selection import EnsembleConfig, SelectionConfig
+from rc_ray.config.selection import EnsembleConfig, SelectionConfig, TransformConfig
 
 __all__ = [
     "BudgetConfig",
@@ -52,6 +52,7 @@ __all__ = [
     "RuleReward",
     "SelectionConfig",
     "TrainingConfig",
+    "TransformConfig",
     "differences",
     "fingerprint",
     "load_config",

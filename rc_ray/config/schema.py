@@ -284,7 +284,8 @@ class BudgetConfig(Section):
     stops. With a larger budget it goes on. What comes out of a prompt does not depend on it, only how many prompts there are."""
 
     target_pairs: int | None = Field(None, ge=1)
-    """Enough prompts with a pair. Looked at while sampling, with the scale of the data taken as 1 where it is not known yet."""
+    """Enough prompts with a pair. Looked at while sampling, with the scale of the data taken as 1 where it is not known yet, and rewards
+    whose transform is not fitted yet as they are."""
 
     max_generated_tokens: int | None = Field(None, ge=1)
     """Enough tokens sampled, over all sessions of the run."""
@@ -433,8 +434,17 @@ class Config(Section):
                     f"generation.max_candidates has no effect with selection.strategy {self.selection.strategy}, which takes a pair from "
                     "any group; use rcs or rc_all, or remove it"
                 )
+            fitted = [name for name, transform in self.selection.transforms.items() if transform.needs_fit]
+            if fitted:
+                raise ValueError(
+                    f"generation.max_candidates decides while sampling, when the data that selection.transforms.{fitted[0]} "
+                    f"({self.selection.transforms[fitted[0]].kind}) is fitted to are not there; use kind identity with clip, or lsc with a "
+                    "given reference, or remove it"
+                )
             by_scale = (
-                self.selection.margin_unit == "scale" or self.selection.ensembles or self.generation.target_gap is not None
+                self.selection.margin_unit == "scale"
+                or any(map(self.selection.is_split, self.selection.ensembles))
+                or self.generation.target_gap is not None
             )
             if by_scale and self.selection.needs_scale_of_data:
                 raise ValueError(

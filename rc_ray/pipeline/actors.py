@@ -18,8 +18,7 @@ import pyarrow.compute as pc
 from rc_ray.config import RewardConfig, SelectionConfig
 from rc_ray.core import schemas
 from rc_ray.core.ids import candidate_seed
-from rc_ray.core.measure import Fitted
-from rc_ray.core.selection import select_pairs
+from rc_ray.core.selection import select_pairs, without_fit
 from rc_ray.errors import ResumeError
 from rc_ray.generation.engine import EngineDied, GroupTimedOut
 from rc_ray.ledger.ledger import Ledger, chunk_name
@@ -352,12 +351,6 @@ def count_policies(candidates: pa.StructArray) -> dict[str, int]:
     }
 
 
-def unit_scale(table: pa.Table) -> Fitted:
-    """Stands in for the numbers about all the data while these are not there yet: every scale and weight is 1."""
-    ones = dict.fromkeys(schemas.scored_objectives(table.schema), 1.0)
-    return Fitted(ones, ones)
-
-
 def _has_failed(row: dict[str, Any]) -> bool:
     """Whether an error kept a group from selection, rather than a property of its prompt."""
     lacking = any(value is not None for name, value in row.items() if name.startswith(schemas.MISSING_PREFIX))
@@ -407,7 +400,8 @@ def commit_groups(
             if by_policy:
                 counts |= count_policies(candidates)
             if selection is not None:
-                counts["paired"] = select_pairs(table, selection, unit_scale(table)).num_paired
+                unknown = without_fit(selection, schemas.scored_objectives(table.schema))
+                counts["paired"] = select_pairs(table, selection, unknown).num_paired
             ledger.commit(stage, chunk, counts, {groups: table})
             board.committed.remote(stage, chunk, counts.get("paired"))
     return block

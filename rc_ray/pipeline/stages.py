@@ -291,10 +291,10 @@ def _policies_of_pairs(groups: pa.Table, pairs: pa.Table) -> dict[str, int]:
     return dict(counts)
 
 
-def summarize_chunk(items: pa.Table, run: RunDir, config: Config) -> pa.Table:
-    """Summary of one chunk's rewards, for the numbers about the whole data."""
+def summarize_chunk(items: pa.Table, run: RunDir, config: Config, fitted: Fitted | None) -> pa.Table:
+    """Summary of one chunk's rewards, for the numbers about the whole data; see `summarize`."""
     (chunk,) = items.column("chunk").to_pylist()
-    summary = summarize(run.candidates.read_table(f"{chunk_name(chunk)}.parquet"), config.selection)
+    summary = summarize(run.candidates.read_table(f"{chunk_name(chunk)}.parquet"), config.selection, fitted)
     return pa.table({"summary": [summary.to_bytes()]})
 
 
@@ -339,19 +339,21 @@ def select(config: Config, run: RunDir, session: Session | None, ended: str | No
     def chunked(chunks: list[int]) -> Any:
         return ray.data.from_items([{"chunk": c} for c in chunks], override_num_blocks=len(chunks))
 
+    def measure(fitted: Fitted | None = None) -> Summary:
+        each = {"run": run, "config": config, "fitted": fitted}
+        summaries = chunked(scored).map_batches(summarize_chunk, fn_kwargs=each, **small)
+        with resumable(SELECT):
+            # Added up as they come: all of them at once would grow with the prompts.
+            return reduce(add, (Summary.from_bytes(row["summary"]) for row in summaries.iter_rows()))
+
     scored = sorted(run.ledger.done(SCORE))
     known = run.manifest().get("selection")
     if known is None or known["chunks"] != len(scored):
         # The numbers about all the data are of all there is now; pairs that an ended budget had selected from less are selected again.
         for chunk in run.ledger.done(SELECT):
             run.ledger.give_back(SELECT, chunk)
-        todo, fitted = scored, Fitted()
-        if needs_fit(config.selection):
-            summaries = chunked(scored).map_batches(summarize_chunk, fn_kwargs={"run": run, "config": config}, **small)
-            with resumable(SELECT):
-                # Added up as they come: all of them at once would grow with the prompts.
-                total = reduce(add, (Summary.from_bytes(row["summary"]) for row in summaries.iter_rows()))
-            fitted = fit(total, config.selection)
+        todo = scored
+        fitted = fit(measure(), config.selection, measure) if needs_fit(config.selection) else Fitted()
         run.update_manifest(selection={**fitted.as_dict(), "chunks": len(scored)})
     else:
         fitted = fitted_of(run)
