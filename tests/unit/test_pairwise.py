@@ -22,7 +22,7 @@ from rc_ray.rewards.base import Score
 from rc_ray.rewards.chat import EndpointChat
 from rc_ray.rewards.judge import JudgeRewardModel, pairings
 from tests.unit.test_config import GOOD
-from tests.unit.test_services import Answer, Service, completion
+from tests.unit.test_services import Answer, Service, completion, patience
 
 Messages = list[dict[str, str]]
 
@@ -42,7 +42,7 @@ def judge_of(service: Service, **options: Any) -> JudgeRewardModel:
         "method": "pairwise",
         "url": service.url,
     }
-    config = JudgeReward(**{**given, "max_retries": 0, "timeout_s": 0.5, **options})
+    config = JudgeReward(**{**given, "max_retries": 0, **options})
     return JudgeRewardModel(config, EndpointChat(config, first_wait_s=0.01))
 
 
@@ -133,7 +133,7 @@ def test_a_comparison_that_fails_in_one_order_is_left_out(service: Service, answ
         return answer if case_of(request)["second"] == "bad" else shorter(request)
 
     service.script = [reply]
-    judge = judge_of(service)
+    judge = judge_of(service, **patience(answer is None))
     scores = judge.score(*group("dddd", "bad", "a", "bb"))
     assert values(scores) == [0.0, None, 1.0, 0.5]
     assert words in scores[1].missing

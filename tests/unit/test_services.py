@@ -53,7 +53,7 @@ class Service:
                 if callable(answer):
                     answer = answer(body)
                 if answer is None:
-                    time.sleep(1.5)
+                    time.sleep(4)
                     return
                 status, content, headers = answer
                 if status == 200 and not content:
@@ -84,8 +84,13 @@ def service() -> Iterator[Service]:
     found.stop()
 
 
+def patience(waits: bool) -> dict[str, float]:
+    """Short where the service is to be given up; else longer than a busy machine takes."""
+    return {"timeout_s": 1.0 if waits else 30.0}
+
+
 def ask(service: Service, answers: list[str], **options: Any) -> list[Score]:
-    config = HttpReward(kind="http", url=service.url, **{"max_retries": 2, "timeout_s": 0.5, **options})
+    config = HttpReward(kind="http", url=service.url, **{"max_retries": 2, **patience(None in service.script), **options})
     prompts = [[{"role": "user", "content": f"question {i}"}] for i in range(len(answers))]
     return HttpRewardService(config, first_wait_s=0.01).score(prompts, answers)
 
@@ -206,11 +211,11 @@ def test_unsafe_configurations_are_refused_without_repeating_a_secret(given: str
     assert SECRET not in str(caught.value)
 
 
-JUDGE: dict[str, Any] = {"kind": "judge", "model": "judge-1", "criterion": "It is brief.", "max_retries": 0, "timeout_s": 0.5}
+JUDGE: dict[str, Any] = {"kind": "judge", "model": "judge-1", "criterion": "It is brief.", "max_retries": 0}
 
 
 def judge(service: Service, answers: list[str], **options: Any) -> list[Score]:
-    config = JudgeReward(**{**JUDGE, "url": service.url, **options})
+    config = JudgeReward(**{**JUDGE, **patience(None in service.script), "url": service.url, **options})
     prompts = [[{"role": "user", "content": f"question {i}"}] for i in range(len(answers))]
     return JudgeRewardModel(config, EndpointChat(config, first_wait_s=0.01)).score(prompts, answers)
 
