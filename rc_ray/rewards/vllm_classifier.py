@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from rc_ray.config import ClassifierReward
@@ -19,6 +20,9 @@ from rc_ray.rewards.base import Score, reward_dtype
 from rc_ray.rewards.batches import too_long
 from rc_ray.rewards.classifier import Classifier
 from rc_ray.rewards.encoding import encode
+
+# The modules whose rows are the labels, in the classifiers of transformers.
+HEADS = frozenset({"score", "classifier"})
 
 
 class VllmClassifier(Classifier):
@@ -74,6 +78,11 @@ class VllmClassifier(Classifier):
             raise ModelError(
                 f"reward model {self._name!r} does not run in vLLM: {reason}; change engine_arguments or max_length, or use engine: transformers"
             ) from error
+        if not _has_head(path, arguments["revision"]):  # vLLM would take whatever is in memory
+            raise ModelError(
+                f"reward model {self._name!r} has no weights of a head ({' or '.join(sorted(HEADS))}), so its rewards would be random; give a model "
+                "that was trained as a sequence classifier"
+            )
         pooling, usual = engine.model_config.pooler_config, engine.model_config._model_info.default_seq_pooling_type
         if pooling.seq_pooling_type != usual:
             raise ModelError(
@@ -134,3 +143,16 @@ class VllmClassifier(Classifier):
         cached = sum(output.num_cached_tokens for output in outputs)
         self._counts.update(num_texts=len(texts), num_tokens=length, num_padded_tokens=length, num_cached_tokens=cached)
         return torch.stack([output.outputs.data for output in outputs])
+
+
+def _has_head(path: str, revision: str | None) -> bool:
+    """Whether the weights of a model that is on this machine hold those of a classifier's head."""
+    from huggingface_hub import snapshot_download
+    from safetensors import safe_open
+
+    folder = Path(path if Path(path).is_dir() else snapshot_download(path, revision=revision, local_files_only=True))
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            if any(HEADS & set(name.split(".")) for name in tensors.keys()):  # noqa: SIM118
+                return True
+    return False

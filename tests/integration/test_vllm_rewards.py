@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,39 +17,57 @@ import pytest
 import rc_ray
 from rc_ray.core import schemas
 from tests.conftest import CHAT_TEMPLATE, make_llama, make_tokenizer
-from tests.unit.test_rewards import pair_tokenizer
 
 # In a process that has used Numba, as Ray's workers have.
 ASK = """
-import json, sys
+import gc, json, sys
 import numpy as np
 from rc_ray.core.rule import consistency_matrix
 assert consistency_matrix(np.eye(2, dtype=np.float32)).sum() == 0
 from rc_ray.config import ClassifierReward
 from rc_ray.errors import ModelError
 from rc_ray.rewards.base import build_reward
-job = json.loads(sys.stdin.read())
-found = []
-for config in job["configs"]:
+found = {}
+for name, job in json.loads(sys.stdin.read()).items():
+    config = ClassifierReward(kind="classifier", engine="vllm", dtype="float32", **job["config"])
     try:
-        reward = build_reward(ClassifierReward(kind="classifier", engine="vllm", **config), on_gpu=False, num_threads=1)
+        reward = build_reward(config, on_gpu=False, num_threads=1)
     except ModelError as error:
-        found.append({"error": str(error)})
+        found[name] = {"error": str(error)}
         continue
     assert set(reward.figures().values()) == {0}
-    scores = reward.score(job["prompts"], job["answers"])
-    found.append({"scores": [[s.value, s.missing] for s in scores], "figures": reward.figures()})
+    prompts = [[{"role": "user", "content": prompt}] for prompt, _ in job["rows"]]
+    scores = reward.score(prompts, [answer for _, answer in job["rows"]])
+    found[name] = {"scores": [[s.value, s.missing] for s in scores], "figures": reward.figures()}
+    del reward  # the end of an engine takes vLLM's process groups with it, also those of a next one
+    gc.collect()
 print(json.dumps(found), flush=True)
 """
+Rows = list[tuple[str, str]]
 
 
-def ask(configs: list[dict[str, Any]], prompts: list[str] = [], answers: list[str] = []) -> list[dict[str, Any]]:  # noqa: B006
-    job = {"configs": configs, "prompts": [[{"role": "user", "content": p}] for p in prompts], "answers": answers}
-    done = subprocess.run(
-        [sys.executable, "-c", ASK], input=json.dumps(job), capture_output=True, text=True, timeout=300, check=False
-    )
+def ask(jobs: dict[str, tuple[dict[str, Any], Rows]]) -> dict[str, Any]:
+    """What rewards of these configurations say, or the error, by name."""
+    given = json.dumps({name: {"config": config, "rows": rows} for name, (config, rows) in jobs.items()})
+    command = [sys.executable, "-c", ASK]
+    done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return list(json.loads(done.stdout.splitlines()[-1]))
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def pair_tokenizer() -> Any:
+    """One that joins a pair as BERT does, with token types."""
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = make_tokenizer()
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=special
+    )
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, model_input_names=inputs, **names)
 
 
 def network(kind: str, folder: Path, labels: int = 1) -> Path:
@@ -59,29 +78,27 @@ def network(kind: str, folder: Path, labels: int = 1) -> Path:
     if kind == "llama":
         return make_llama(folder, seed=3, labels=labels)
     torch.manual_seed(3)
+    tokenizer = make_tokenizer() if kind == "qwen2" else pair_tokenizer()
     common = {
+        "vocab_size": len(tokenizer),
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 512,
         "num_labels": labels,
         "initializer_range": 0.2,
+        "pad_token_id": tokenizer.pad_token_id,
     }
     if kind == "qwen2":
-        tokenizer = make_tokenizer()
-        config = Qwen2Config(
-            vocab_size=len(tokenizer), num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512, **common
-        )
-        config.pad_token_id = tokenizer.pad_token_id
-        Qwen2ForSequenceClassification(config).save_pretrained(folder)
+        Qwen2ForSequenceClassification(Qwen2Config(num_key_value_heads=1, **common)).save_pretrained(folder)
     else:
-        tokenizer = pair_tokenizer()
-        bert = BertConfig(vocab_size=len(tokenizer), num_attention_heads=2, max_position_embeddings=512, **common)
-        BertForSequenceClassification(bert).save_pretrained(folder)
+        BertForSequenceClassification(BertConfig(**common)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def plain(folder: Path, prompts: list[str], answers: list[str], kind: str) -> tuple[list[list[float]], list[int]]:
+def plain(folder: Path, rows: Rows, kind: str) -> tuple[list[list[float]], list[int]]:
     """Logits by plain transformers, one row at a time, and lengths in tokens."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -89,7 +106,7 @@ def plain(folder: Path, prompts: list[str], answers: list[str], kind: str) -> tu
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     logits, lengths = [], []
-    for prompt, answer in zip(prompts, answers, strict=True):
+    for prompt, answer in rows:
         if kind == "bert":
             inputs = tokenizer(prompt, answer, return_tensors="pt")
             assert 1 in inputs["token_type_ids"]
@@ -102,23 +119,45 @@ def plain(folder: Path, prompts: list[str], answers: list[str], kind: str) -> tu
     return logits, lengths
 
 
-WORDS = ["a", "b", "c", "d", "yes", "no", "user"]  # that both tokenizers know
-
-
 def texts(number: int, seed: int, shortest: int, longest: int) -> list[str]:
-    draw = random.Random(seed)
-    return [" ".join(draw.choices(WORDS, k=draw.randint(shortest, longest))) for _ in range(number)]
+    draw, words = random.Random(seed), ["a", "b", "hello", "d", "yes", "world", "user"]
+    return [" ".join(draw.choices(words, k=draw.randint(shortest, longest))) for _ in range(number)]
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "bert"])
-def test_rewards_equal_plain_transformers_row_by_row_and_prompts_are_read_once(kind: str, tmp_path: Path) -> None:
-    folder = network(kind, tmp_path / kind)
+@dataclass(frozen=True)
+class Asked:
+    """Rows, what vLLM said of them, and the folders of the networks."""
+
+    rows: Rows
+    few: Rows
+    folders: dict[str, Path]
+    found: dict[str, Any]
+
+
+LABEL = {"label": 1, "engine_arguments": {"block_size": 64, "max_num_seqs": 2}}
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
+    """All networks in one process, since starting vLLM is what takes long."""
+    root = tmp_path_factory.mktemp("classifiers")
     rows = [(prompt, answer) for prompt in texts(4, 0, 40, 90) for answer in texts(6, len(prompt), 1, 60)]
     rows.append((rows[0][0], "yes " * 600))
     random.Random(1).shuffle(rows)
-    prompts, answers = [p for p, _ in rows], [a for _, a in rows]
-    expected, lengths = plain(folder, prompts, answers, kind)
-    (found,) = ask([{"model": str(folder), "dtype": "float32"}], prompts, answers)
+    few = [*zip(texts(6, 0, 20, 40), texts(6, 1, 1, 60), strict=True), (texts(1, 2, 20, 40)[0], "yes " * 400)]
+    folders = {kind: network(kind, root / kind) for kind in ("llama", "qwen2", "bert")}
+    folders["labels"] = network("llama", root / "labels", labels=3)
+    jobs: dict[str, tuple[dict[str, Any], Rows]] = {kind: ({"model": str(folders[kind])}, rows) for kind in list(folders)[:3]}
+    jobs["odds"] = {"model": str(folders["labels"]), **LABEL}, few
+    jobs["logit"] = {"model": str(folders["labels"]), **LABEL, "label_score": "logit", "truncate": "answer_end"}, few
+    return Asked(rows, few, folders, ask(jobs))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "bert"])
+def test_rewards_equal_plain_transformers_row_by_row_and_prompts_are_read_once(kind: str, asked: Asked) -> None:
+    expected, lengths = plain(asked.folders[kind], asked.rows, kind)
+    found = asked.found[kind]
+    assert "error" not in found, found
     for (value, missing), logits, length in zip(found["scores"], expected, lengths, strict=True):
         if length > 512:
             assert (value, missing) == (None, f"{length} tokens exceed the reward model's limit of 512")
@@ -136,37 +175,32 @@ def test_rewards_equal_plain_transformers_row_by_row_and_prompts_are_read_once(k
     else:
         # All but the first answer of each prompt find the whole blocks of 32 tokens of it.
         tokenizer = make_tokenizer()
-        ids = {p: tokenizer(f"<|user|>{p}<|assistant|>", add_special_tokens=False)["input_ids"] for p in set(prompts)}
-        shared = sum(5 * (len(each) // 32 * 32) for each in ids.values())
+        prompts = {prompt for prompt, _ in asked.rows}
+        ids = [tokenizer(f"<|user|>{p}<|assistant|>", add_special_tokens=False)["input_ids"] for p in prompts]
+        shared = sum(5 * (len(each) // 32 * 32) for each in ids)
+        assert shared > sum(read) / 3
         assert shared <= figures["num_cached_tokens"] < shared + 24 * 32
 
 
-def test_labels_cuts_and_engine_arguments_work_as_with_transformers(tmp_path: Path) -> None:
-    folder = network("llama", tmp_path / "labels", labels=3)
-    prompts, answers = texts(6, 0, 20, 40), texts(6, 1, 1, 60)
-    prompts.append(prompts[0])
-    answers.append("yes " * 400)
-    expected, lengths = plain(folder, prompts, answers, "llama")
-    assert lengths[-1] > 512
-    common = {"model": str(folder), "dtype": "float32", "label": 1, "engine_arguments": {"block_size": 64, "max_num_seqs": 2}}
-    (odds,) = ask([common], prompts, answers)
-    (logit,) = ask([{**common, "label_score": "logit", "truncate": "answer_end"}], prompts, answers)
+def test_labels_cuts_and_engine_arguments_work_as_with_transformers(asked: Asked) -> None:
     import torch
+    from transformers import AutoModelForSequenceClassification
 
+    odds, logit, folder = asked.found["odds"], asked.found["logit"], asked.folders["labels"]
+    expected, lengths = plain(folder, asked.few, "llama")
+    assert [length > 512 for length in lengths] == [False] * 6 + [True]
     for i, logits in enumerate(expected[:-1]):
         others = torch.tensor(logits)[[0, 2]].logsumexp(0).item()
         assert odds["scores"][i][0] == pytest.approx(logits[1] - others, abs=1e-4)
         assert logit["scores"][i][0] == pytest.approx(logits[1], abs=1e-4)
     assert odds["scores"][-1][0] is None
     assert (logit["figures"]["num_truncated"], logit["figures"]["num_texts"]) == (1, 7)
-    tokenizer = make_tokenizer()
-    head = tokenizer(f"<|user|>{prompts[0]}<|assistant|>", add_special_tokens=False)["input_ids"]
-    cut = tokenizer("yes " * 400, add_special_tokens=False)["input_ids"][: 511 - len(head)]
-    from transformers import AutoModelForSequenceClassification
-
+    tokenizer, (prompt, answer) = make_tokenizer(), asked.few[-1]
+    before = tokenizer(f"<|user|>{prompt}<|assistant|>", add_special_tokens=False)["input_ids"]
+    cut = tokenizer(answer, add_special_tokens=False)["input_ids"][: 511 - len(before)]
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.inference_mode():
-        value = model(input_ids=torch.tensor([[*head, *cut, tokenizer.eos_token_id]])).logits[0, 1].item()
+        value = model(input_ids=torch.tensor([[*before, *cut, tokenizer.eos_token_id]])).logits[0, 1].item()
     assert logit["scores"][-1][0] == pytest.approx(value, abs=1e-4)
 
 
@@ -209,17 +243,18 @@ def test_what_it_cannot_run_as_transformers_does_is_refused_with_its_own_words(t
         padding_is_end: "failed its self-test: its padding token '</s>' also occurs in its texts",
         averaged: "vLLM takes MEAN of its tokens rather than LAST, by modules.json",
         pickled: "does not run in vLLM",
-        headless: "does not run in vLLM",
+        headless: "has no weights of a head",
     }
-    configs = []
+    jobs: dict[str, tuple[dict[str, Any], Rows]] = {}
     for change in changes:
         folder = make_llama(tmp_path / change.__name__, seed=3, labels=1)
         change(folder)
-        configs.append({"model": str(folder), "dtype": "float32"})
-    found = ask(configs)
-    for (change, words), each in zip(changes.items(), found, strict=True):
-        assert words in each.get("error", ""), (change.__name__, each)
-        assert change.__name__ in each["error"]
+        jobs[change.__name__] = {"model": str(folder)}, []
+    found = ask(jobs)
+    for change, words in changes.items():
+        error = found[change.__name__].get("error", "no error")
+        assert words in error
+        assert change.__name__ in error
 
 
 def test_scoring_actors_of_both_engines_give_the_same(tiny_config: dict[str, Any], tiny_rewards: dict[str, Path]) -> None:
