@@ -239,10 +239,11 @@ def _scoring(config: Config, session: Session, stage: str) -> dict[str, Scoring]
     found: dict[str, Scoring] = {}
     for phase in (*(f"{stage}_{name}" for name in config.rewards), stage):
         found |= ray.get(session.board.scoring.remote(phase))
-    for name, scoring in found.items():
+    ordered = {name: found[name] for name in config.rewards if name in found}
+    for name, scoring in ordered.items():
         for line in remarks(name, scoring.summary()):
             session.emit(f"{stage:<9} {line}")
-    return found
+    return ordered
 
 
 def _record_timing(run: RunDir, session: Session, scoring: dict[str, Scoring]) -> None:

@@ -219,20 +219,20 @@ def room_for_one() -> Iterator[Any]:
     ray.shutdown()
 
 
-@pytest.fixture
-def crowded(tiny_config: dict[str, Any]) -> Config:
-    """Three rewards and an engine, each of which takes more than half of that cluster."""
-    raw = copy.deepcopy(tiny_config) | {"output": "not used", "prompts": {"path": "not used"}}
-    for section in (raw["generation"], *raw["rewards"].values()):
+def crowded(tiny_config: dict[str, Any], **rewards: Any) -> Config:
+    """An engine and these rewards, each of which takes more than half of that cluster."""
+    raw = copy.deepcopy(tiny_config) | {"output": "not used", "prompts": {"path": "not used"}, "rewards": rewards}
+    for section in (raw["generation"], *rewards.values()):
         section["pool"] = {"num_cpus": 0.6}
     config = load_config(raw)
-    assert make_plan(config, cpus=1, gpus=0).phases == [["generation"], ["helpful"], ["harmless"], ["length"]]
+    assert make_plan(config, cpus=1, gpus=0).phases == [["generation"], *([name] for name in rewards)]
     return config
 
 
 def test_a_dataset_is_scored_by_one_pool_after_the_other_where_there_is_room_for_one(
-    crowded: Config, room_for_one: Any, tmp_path: Path
+    tiny_config: dict[str, Any], room_for_one: Any, tmp_path: Path
 ) -> None:
+    config = crowded(tiny_config, **copy.deepcopy(tiny_config["rewards"]))
     answers = [["hello " * (i + 1), f"fine {i}"] for i in range(6)]
     blocks = prompts(6)
     for i, block in enumerate(blocks):
@@ -245,11 +245,11 @@ def test_a_dataset_is_scored_by_one_pool_after_the_other_where_there_is_room_for
         name: [
             [s.value for s in build_reward(reward, False, 1).score([m] * 2, a)] for m, a in zip(messages, answers, strict=True)
         ]
-        for name, reward in crowded.rewards.items()
+        for name, reward in config.rewards.items()
     }
     for number, source in enumerate((str(tmp_path / "groups"), room_for_one.data.from_arrow(blocks))):
         # Writing, too, finds room: no pool is left.
-        rc_ray.score(crowded, source).write_parquet(str(tmp_path / f"scored{number}"))
+        rc_ray.score(config, source).write_parquet(str(tmp_path / f"scored{number}"))
         scored = pq.read_table(tmp_path / f"scored{number}").sort_by("prompt_id").to_pylist()
         assert len(scored) == 6
         for i, row in enumerate(scored):
@@ -257,11 +257,15 @@ def test_a_dataset_is_scored_by_one_pool_after_the_other_where_there_is_room_for
                 assert row[f"reward.{name}"] == pytest.approx(values[i], abs=1e-5)
 
 
-def test_sampling_and_evaluation_go_in_phases_as_a_run_does(crowded: Config, room_for_one: Any, tiny_policy: Path) -> None:
-    sampled = rc_ray.sample(crowded, room_for_one.data.from_items([{"prompt": q} for q in ("hello", "world")]))
-    rows = rc_ray.score(crowded, sampled).take_all()
-    assert [len(row[f"reward.{name}"]) for row in rows for name in crowded.rewards] == [6] * 6
+def test_sampling_and_evaluation_go_in_phases_as_a_run_does(
+    tiny_config: dict[str, Any], room_for_one: Any, tiny_policy: Path
+) -> None:
+    rule = {"kind": "rule", "function": "rc_ray.rewards.rules:length_near"}
+    config = crowded(tiny_config, **{name: {**rule, "args": {"target_words": n}} for n, name in enumerate("abc")})
+    sampled = rc_ray.sample(config, room_for_one.data.from_items([{"prompt": q} for q in ("hello", "world")]))
+    rows = rc_ray.score(config, sampled).take_all()
+    assert [len(row[f"reward.{name}"]) for row in rows for name in config.rewards] == [6] * 6
     # The policy against itself.
-    found = rc_ray.evaluate(crowded, str(tiny_policy))
+    found = rc_ray.evaluate(config, str(tiny_policy))
     assert found["num_prompts"] == 6
     assert [o["difference"]["mean"] for o in found["objectives"].values()] == pytest.approx([0, 0, 0], abs=1e-5)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
+from rc_ray.config import ClassifierReward
+from rc_ray.core import schemas
 from rc_ray.pipeline import progress
+from rc_ray.pipeline.actors import ScoreGroups
 from rc_ray.pipeline.progress import ProgressBoard, Reporter, StageProgress, duration
 from rc_ray.rewards.figures import Scoring, remarks, scoring_line
 
@@ -135,6 +141,29 @@ def test_the_board_says_what_each_objectives_actors_do(clock: Clock) -> None:
     assert board.scoring("score")["length"].num_actors == 1
     board.add_scoring("no such stage", "helpful", "first", {}, 1.0)
     assert "no such stage helpful" not in board.lines()
+
+
+def test_a_scorer_says_what_its_reward_did_since_the_last_time(
+    tiny_rewards: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[Any] = []
+    monkeypatch.setattr(Reporter, "scored", lambda _, *what: said.append(what))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delattr(os, "sched_setscheduler", raising=False)
+    config = ClassifierReward(kind="classifier", model=str(tiny_rewards["helpful"]))
+    scorer = ScoreGroups("helpful", config, None, False, 1, None, "score", 3, first=True, last=True, keep_scored=False)
+    assert said == [("helpful", {}, 0.0)]  # what its self-test read does not count
+    candidate = {"text": "fine", "token_ids": [1], "finish_reason": "stop", "seed": 0, "logprob": -1.0}
+    row = {"prompt_id": "0", "prompt": [{"role": "user", "content": "hello"}], "candidates": [candidate] * 3}
+    table = pa.Table.from_pylist([row], schema=schemas.GROUP)
+    for _ in range(2):
+        scorer.score(table)
+    (name, first, busy_s), (_, second, _) = said[1:]
+    assert name == "helpful"
+    assert first == second
+    assert first["num_texts"] == 3
+    assert first["num_tokens"] == first["num_padded_tokens"] > 3
+    assert busy_s > 0
 
 
 class RecordedMethod:
