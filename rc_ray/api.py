@@ -6,11 +6,12 @@ Two ways to use a stage:
   returns its result as a Dataset.
 * On **your own data**: `sample(config, prompts)`, `score(config, groups)`, `select(config, groups)`, `train(config, pairs, output)`.
   Datasets in, lazy Datasets out, as everywhere in Ray Data: nothing is computed before it is consumed, and nothing is kept for
-  a resume; call `.materialize()` or write it out to keep it.
+  a resume; call `.materialize()` or write it out to keep it. Where a cluster has no room for all pools at once, `score` computes in phases.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -149,17 +150,23 @@ def score(config: ConfigSource, groups: Dataset | str | None = None, *, override
     Args:
         config: see `run`.
         groups: None scores the candidates of the run directory. A folder of Parquet files or a Dataset with `prompt` and
-            `candidates` gives a lazy Dataset instead.
+            `candidates` gives a Dataset instead: lazy where the cluster has room for all pools at once, otherwise computed here, in the
+            phases of the plan.
+
+    Raises:
+        ConfigError, DataError, ModelError: the configuration, the groups or the models cannot be used. ClusterError: scoring failed here.
     """
     resolved = load_config(config, overrides)
     if groups is None:
         pipeline.run(resolved, only="score")
         return _read_groups(resolved)
-    from rc_ray.pipeline.graph import attach_rewards
+    from rc_ray.pipeline.graph import attach_phases
 
     _check_input(groups, "groups")
+    stages.check_rewards(resolved)
     plan = _connect(resolved)
-    return attach_rewards(_dataset(groups), resolved, plan, start_board())
+    with _named("scoring"):
+        return attach_phases(_dataset(groups), resolved, plan, start_board())
 
 
 def select(config: ConfigSource, groups: Dataset | str | None = None, *, overrides: Iterable[str] = ()) -> Selection:
@@ -270,10 +277,11 @@ def evaluate(config: ConfigSource, model: str | None = None, *, overrides: Itera
         return dict(rundir.open_existing(resolved.output).ledger.facts(stages.EVALUATE))
     from rc_ray.evaluation.compare import compare
     from rc_ray.models.resolve import check_model
-    from rc_ray.pipeline.graph import attach_generation, attach_rewards
+    from rc_ray.pipeline.graph import attach_phases
 
     check_model("model", model)
     check_source("evaluation.prompts", resolved.evaluation.prompts)
+    stages.check_rewards(resolved)
     import ray
 
     plan = _connect(resolved)
@@ -281,9 +289,10 @@ def evaluate(config: ConfigSource, model: str | None = None, *, overrides: Itera
     held_out = resolved.evaluation.prompts
     cells = read_cells("evaluation.prompts", held_out)
     prompts = ray.data.from_arrow(list(_prompt_blocks(cells, held_out, resolved.cluster.chunk_size)))
-    for name in (None, model):
-        groups = attach_generation(prompts, policy_of(resolved, name, resolved.evaluation.num_samples), resolved, plan, board)
-        tables.append(_table(attach_rewards(groups, resolved, plan, board)))
+    with _named("sampling and scoring held-out prompts"):
+        for name in (None, model):
+            policy = policy_of(resolved, name, resolved.evaluation.num_samples)
+            tables.append(_table(attach_phases(prompts, resolved, plan, board, policy)))
     before, after = tables
     return compare(before, after, list(resolved.rewards), resolved.evaluation, resolved.seed).as_dict()
 
@@ -304,7 +313,7 @@ def calibrate(
         ConfigError, DataError, ModelError: the configuration, the pairs or the models cannot be used. ClusterError: scoring failed.
     """
     from rc_ray.evaluation.calibrate import calibrate_groups, labelled_groups, plot_reliability
-    from rc_ray.pipeline.graph import attach_rewards, innermost
+    from rc_ray.pipeline.graph import attach_phases
     from rc_ray.training.preferences import read_preferences
 
     resolved = load_config(config, overrides)
@@ -322,19 +331,13 @@ def calibrate(
             emit(f"calibrate  {count} rows of {path} left out: {reason}")
         tables.append(labelled_groups(name, ((p.messages, p.chosen, p.rejected) for p in preferences)))
     import ray
-    from ray.exceptions import RayError
 
-    plan, board = _connect(resolved), start_board()
+    plan = _connect(resolved)
     labelled = pa.concat_tables(tables).combine_chunks()
     size = resolved.cluster.chunk_size
     groups = ray.data.from_arrow(labelled, override_num_blocks=-(-labelled.num_rows // size))
-    try:
-        for pools in plan.phases:
-            if objectives := [name for name in pools if name in resolved.rewards]:
-                groups = attach_rewards(groups, resolved, plan, board, objectives=objectives).materialize()
-        scored = _table(groups)
-    except RayError as error:
-        raise ClusterError(f"scoring the labelled pairs failed: {innermost(error)}") from error
+    with _named("scoring the labelled pairs"):
+        scored = _table(attach_phases(groups, resolved, plan, start_board()))
     found = calibrate_groups(scored, list(resolved.rewards), precision)
     if output is not None:
         picture = io.BytesIO()
@@ -420,6 +423,23 @@ def _connect(config: Config) -> Plan:
     return make_plan(config, cluster.cpus, cluster.gpus, cluster.num_nodes, cluster.gpus_per_node)
 
 
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Around what Ray computes.
+
+    Raises:
+        ClusterError: Ray raised something; its first cause is named.
+    """
+    from ray.exceptions import RayError
+
+    from rc_ray.pipeline.graph import innermost
+
+    try:
+        yield
+    except RayError as error:
+        raise ClusterError(f"{what} failed: {innermost(error)}") from error
+
+
 def _read_groups(config: Config) -> Dataset:
     import ray
 
@@ -481,10 +501,14 @@ def _fit(groups: Dataset, config: SelectionConfig) -> Fitted:
     if not needs_fit(config):
         return Fitted()
 
-    def summary(table: pa.Table) -> pa.Table:
-        return pa.table({"summary": [summarize(table, config).to_bytes()]})
+    def measure(fitted: Fitted | None = None) -> Summary:
+        def summary(table: pa.Table) -> pa.Table:
+            return pa.table({"summary": [summarize(table, config, fitted).to_bytes()]})
 
-    summaries = [Summary.from_bytes(row["summary"]) for row in groups.map_batches(summary, batch_format="pyarrow").iter_rows()]
-    if not summaries:
-        raise DataError("groups: there is no row to select from")
-    return fit(sum(summaries[1:], summaries[0]), config)
+        rows = groups.map_batches(summary, batch_format="pyarrow").iter_rows()
+        summaries = [Summary.from_bytes(row["summary"]) for row in rows]
+        if not summaries:
+            raise DataError("groups: there is no row to select from")
+        return sum(summaries[1:], summaries[0])
+
+    return fit(measure(), config, measure)

@@ -11,7 +11,15 @@ from rc_ray.config.load import (
     to_yaml,
 )
 from rc_ray.config.reward_training import RewardTrainingConfig
-from rc_ray.config.rewards import ClassifierReward, HttpReward, ImplicitReward, JudgeReward, RewardConfig, RuleReward
+from rc_ray.config.rewards import (
+    ClassifierReward,
+    CustomReward,
+    HttpReward,
+    ImplicitReward,
+    JudgeReward,
+    RewardConfig,
+    RuleReward,
+)
 from rc_ray.config.schema import (
     BudgetConfig,
     ClusterConfig,
@@ -22,13 +30,14 @@ from rc_ray.config.schema import (
     PromptsConfig,
     TrainingConfig,
 )
-from rc_ray.config.selection import EnsembleConfig, SelectionConfig
+from rc_ray.config.selection import EnsembleConfig, SelectionConfig, TransformConfig
 
 __all__ = [
     "BudgetConfig",
     "ClassifierReward",
     "ClusterConfig",
     "Config",
+    "CustomReward",
     "EnsembleConfig",
     "EvaluationConfig",
     "GenerationConfig",
@@ -43,6 +52,7 @@ __all__ = [
     "RuleReward",
     "SelectionConfig",
     "TrainingConfig",
+    "TransformConfig",
     "differences",
     "fingerprint",
     "load_config",

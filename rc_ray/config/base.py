@@ -11,12 +11,20 @@ NAME_PATTERN = re.compile(r"^[A-Za-z][A-Za-z0-9_]*$")
 # Objectives give names to pools and, as `score_<objective>`, to stages; these are others' names there.
 RESERVED_NAMES = frozenset({"generation", "before", "after"})
 
+# vLLM's names for how many devices share one engine.
+PARALLEL_SIZES = ("tensor_parallel_size", "pipeline_parallel_size")
+
 
 class Section(BaseModel):
     """Base of all sections: frozen, unknown keys forbidden, descriptions taken from the docstrings under the fields."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        serialize_by_alias=True,  # a key that Python reserves has another name as an attribute
     )
 
 

@@ -160,7 +160,7 @@ def _description(location: list[str], root: type[BaseModel]) -> str:
     sections: list[type[BaseModel]] = [root]
     description = ""
     for part in location:
-        info = next((s.model_fields[part] for s in sections if part in s.model_fields), None)
+        info = next((info for s in sections for name, info in s.model_fields.items() if part == (info.alias or name)), None)
         if info is None:  # a name chosen by the user, such as an objective
             continue
         description = " ".join((info.description or "").split())
@@ -171,7 +171,8 @@ def _description(location: list[str], root: type[BaseModel]) -> str:
 def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     """All dotted keys of a configuration section and the sections inside it; user-chosen names appear as `<name>`."""
     keys: list[str] = []
-    for name, info in model.model_fields.items():
+    for field, info in model.model_fields.items():
+        name = info.alias or field
         keys.append(prefix + name)
         inner = "<name>." if "dict" in str(info.annotation) else ""
         for section in _sections(info.annotation):
@@ -197,7 +198,7 @@ def result_fields(section: BaseModel) -> dict[str, Any]:
             value = result_fields(value)
         elif isinstance(value, dict):
             value = {k: result_fields(v) if isinstance(v, BaseModel) else v for k, v in value.items()}
-        fields[name] = value
+        fields[info.alias or name] = value
     return dict(json.loads(json.dumps(fields)))
 
 

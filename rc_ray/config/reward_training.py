@@ -45,8 +45,8 @@ class RewardTrainingConfig(Section):
     """Pairs of each set per forward pass on one worker; None: all of its share. With `more`, each pass has weights of its own."""
 
     max_length: int = Field(256, ge=8)
-    """Most tokens of prompt and answer in training; the oldest part of a longer prompt is left out (counted). Pairs whose answer alone is
-    longer are left out (counted), and with a chat template all longer ones."""
+    """Most tokens of prompt and answer in training; the oldest part of a longer prompt is left out (counted), and the pair where that is not
+    enough (counted)."""
 
     num_train: int | None = Field(None, ge=1)
     """Most training pairs of a set; None takes all that are not held out."""

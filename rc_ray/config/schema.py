@@ -12,12 +12,9 @@ from typing import Any, Literal
 
 from pydantic import AwareDatetime, Field, field_validator, model_validator
 
-from rc_ray.config.base import NAME_PATTERN, RESERVED_NAMES, PoolConfig, Section, deployment
-from rc_ray.config.rewards import RewardConfig
+from rc_ray.config.base import NAME_PATTERN, PARALLEL_SIZES, RESERVED_NAMES, PoolConfig, Section, deployment
+from rc_ray.config.rewards import JudgeReward, RewardConfig
 from rc_ray.config.selection import SelectionConfig
-
-# vLLM's names for how many devices share one engine.
-PARALLEL_SIZES = ("tensor_parallel_size", "pipeline_parallel_size")
 
 
 class PromptsConfig(Section):
@@ -343,7 +340,8 @@ class BudgetConfig(Section):
     stops. With a larger budget it goes on. What comes out of a prompt does not depend on it, only how many prompts there are."""
 
     target_pairs: int | None = Field(None, ge=1)
-    """Enough prompts with a pair. Looked at while sampling, with the scale of the data taken as 1 where it is not known yet."""
+    """Enough prompts with a pair. Looked at while sampling, with the scale of the data taken as 1 where it is not known yet, and rewards
+    whose transform is not fitted yet as they are."""
 
     max_generated_tokens: int | None = Field(None, ge=1)
     """Enough tokens sampled, over all sessions of the run."""
@@ -458,6 +456,22 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _pairwise(self) -> Config:
+        """Rewards that compare the answers of a group with each other stand for the whole group only."""
+        names = [n for n, reward in self.rewards.items() if isinstance(reward, JudgeReward) and reward.method == "pairwise"]
+        if names and self.generation.max_candidates is not None:
+            raise ValueError(
+                f"generation.max_candidates scores the first answers of a group before there are more, but rewards.{names[0]} compares all of "
+                "them with each other (method: pairwise); use method: score or yes, or a fixed num_candidates"
+            )
+        if names and self.training.enabled and self.evaluation.prompts is not None:
+            raise ValueError(
+                f"evaluation.prompts compares rewards before and after training, but those of rewards.{names[0]} are shares within a group "
+                "(method: pairwise), whose mean is 1/2 in both; use method: score or yes, or leave evaluation.prompts out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _objectives(self) -> Config:
         objectives = self.selection.objective_names(self.rewards)
         if self.selection.strategy == "rc_filter":
@@ -476,8 +490,17 @@ class Config(Section):
                     f"generation.max_candidates has no effect with selection.strategy {self.selection.strategy}, which takes a pair from "
                     "any group; use rcs or rc_all, or remove it"
                 )
+            fitted = [name for name, transform in self.selection.transforms.items() if transform.needs_fit]
+            if fitted:
+                raise ValueError(
+                    f"generation.max_candidates decides while sampling, when the data that selection.transforms.{fitted[0]} "
+                    f"({self.selection.transforms[fitted[0]].kind}) is fitted to are not there; use kind identity with clip, or lsc with a "
+                    "given reference, or remove it"
+                )
             by_scale = (
-                self.selection.margin_unit == "scale" or self.selection.ensembles or self.generation.target_gap is not None
+                self.selection.margin_unit == "scale"
+                or any(map(self.selection.is_split, self.selection.ensembles))
+                or self.generation.target_gap is not None
             )
             if by_scale and self.selection.needs_scale_of_data:
                 raise ValueError(

@@ -6,8 +6,9 @@ Invariant: an option that the chosen strategy does not use is an error, so that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -19,6 +20,8 @@ Strategy = Literal[
 PRIMARY = "primary:"
 # Scales and weights within it keep every score of float32 rewards finite.
 EXTREME = 1e100
+# A number that float32, which rewards are, can hold.
+Reward = Annotated[float, Field(ge=-(2.0**128), le=2.0**128)]
 # Gaps that are a difference of one number per candidate; the others compare pairs only.
 ADDITIVE = ("sum", "standardized_sum", PRIMARY)
 
@@ -46,8 +49,77 @@ class EnsembleConfig(Section):
     members: list[str] = Field(min_length=1)
     """Reward columns that judge this objective."""
 
+    combine: Literal["agree", "mean", "minimum"] = "agree"
+    """`agree`: members are kept apart, and the objective agrees on a pair when a `share` of them does. `mean`, `minimum`: one value per
+    candidate, of the members' rewards after their transforms, is judged like one reward; a missing member makes it missing."""
+
     share: float = Field(1.0, gt=0, le=1)
-    """The objective agrees on a pair when at least this share of its members does."""
+    """With `agree`: the objective agrees on a pair when at least this share of its members does."""
+
+    @model_validator(mode="after")
+    def _no_option_without_effect(self) -> EnsembleConfig:
+        if self.combine != "agree" and self.share != 1:
+            raise ValueError(
+                f"share has no effect with combine {self.combine}, which makes one value of all members; remove it, or use combine: agree"
+            )
+        return self
+
+
+class TransformConfig(Section):
+    """What one reward becomes before it is compared. It keeps the order of rewards; at most it makes some equal."""
+
+    kind: Literal["identity", "zscore", "lsc", "quantile"] = "identity"
+    """`identity`: r. `zscore`: (r - mean) / standard deviation over all candidates. `lsc`: log sigmoid(r - reference), nearly flat
+    above the reference (arXiv 2402.00742). `quantile`: share of all candidates below r and half of those equal to it, 0 to 1; of the
+    sample of them that `core/transforms.py` describes."""
+
+    clip: tuple[Reward | None, Reward | None] | None = None
+    """Lowest and highest value, applied after `kind`, in its unit; null on one side: no limit there."""
+
+    reference: Reward | None = None
+    """`lsc`: the reward from which an answer counts as good. None: the `reference_quantile` over all candidates."""
+
+    reference_quantile: float = Field(0.85, ge=0, le=1)
+    """`lsc`: quantile over all candidates that serves as reference. (Strategy `lsc` takes the one of each group.)"""
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether it leaves rewards as they are."""
+        return self.kind == "identity" and self.clip is None
+
+    @property
+    def needs_sample(self) -> bool:
+        """Whether it is fitted to a sample of the groups."""
+        return self.kind == "quantile" or (self.kind == "lsc" and self.reference is None)
+
+    @property
+    def needs_fit(self) -> bool:
+        """Whether a pass over all the data has to measure something first."""
+        return self.kind == "zscore" or self.needs_sample
+
+    @model_validator(mode="after")
+    def _no_option_without_effect(self) -> TransformConfig:
+        given_quantile = self.reference_quantile != type(self).model_fields["reference_quantile"].default
+        if self.kind != "lsc" and (self.reference is not None or given_quantile):
+            option = "reference_quantile" if self.reference is None else "reference"
+            raise ValueError(f"{option} has no effect with kind {self.kind}; remove it, or use kind: lsc")
+        if self.reference is not None and given_quantile:
+            raise ValueError("reference_quantile has no effect when reference is given; remove one of the two")
+        if self.clip is None:
+            return self
+        low, high = (-math.inf if self.clip[0] is None else self.clip[0]), (math.inf if self.clip[1] is None else self.clip[1])
+        least, most = {"lsc": (-math.inf, 0.0), "quantile": (0.0, 1.0)}.get(self.kind, (-math.inf, math.inf))
+        if not low < high:
+            raise ValueError(f"clip {list(self.clip)}: the lowest value must be below the highest, as in [-3, 3] or [null, 3]")
+        if low <= least and high >= most:
+            raise ValueError(
+                f"clip {list(self.clip)} has no effect on kind {self.kind}, whose values it all holds; narrow or remove it"
+            )
+        if high <= least or low >= most:
+            raise ValueError(
+                f"clip {list(self.clip)} makes all values of kind {self.kind} equal (they are from {least:g} to {most:g}); widen it"
+            )
+        return self
 
 
 class SelectionConfig(Section):
@@ -60,9 +132,13 @@ class SelectionConfig(Section):
     objectives: list[str] | None = Field(None, min_length=1)
     """Objectives to select by. None: every ensemble, and every reward column that is not a member of one."""
 
+    transforms: dict[str, TransformConfig] = {}
+    """What rewards become before everything else, per reward column. Margins, scales, references, targets and gaps are
+    then in that unit; the rewards written with a pair stay as they were. What is fitted to the data is kept in the manifest."""
+
     ensembles: dict[str, EnsembleConfig] = {}
-    """Objectives that several reward columns judge. The reward of such an objective is the mean of its members' rewards,
-    each over its scale."""
+    """Objectives that several reward columns judge. With `combine: agree`, the reward of such an objective is the mean of its members'
+    rewards, each over its scale."""
 
     consistency: Literal["strict", "weak", "lexicographic"] = "strict"
     """`strict`: r_k(w) - r_k(l) > margin_k for every objective. `weak`: >= margin_k for every one and > for at least one.
@@ -90,8 +166,9 @@ class SelectionConfig(Section):
     """Weight per objective in the gaps `sum` and `standardized_sum`, and in `lsc`; 1 where not given."""
 
     scale: Literal["data", "group"] | dict[str, float] = "data"
-    """Scale per reward column. `data`: standard deviation over all candidates, measured in one pass and kept in the manifest.
-    `group`: standard deviation within each group. Or given, one number per reward column."""
+    """Scale per reward column, of its transform if it has one. `data`: standard deviation over all candidates, measured in one pass (a
+    second one after transforms that need a first) and kept in the manifest. `group`: standard deviation within each group. Or given, one
+    number per reward column; an ensemble with `combine: mean` or `minimum` counts as a column in the place of its members."""
 
     allow_truncated_winner: bool = False
     """Whether an answer with finish_reason `length` may win."""
@@ -136,12 +213,26 @@ class SelectionConfig(Section):
         """Whether the outcome depends on a scale."""
         options = OPTIONS[self.strategy]
         by_gap = "gap" in options and self.gap in ("standardized_sum", "min", "product")
-        return by_gap or (bool(self.margins) and self.margin_unit == "scale") or bool(self.ensembles)
+        return by_gap or (bool(self.margins) and self.margin_unit == "scale") or any(map(self.is_split, self.ensembles))
 
     @property
     def needs_scale_of_data(self) -> bool:
         """Whether a pass over all the data has to measure the scale."""
         return self.uses_scale and self.scale == "data"
+
+    @property
+    def derives(self) -> bool:
+        """Whether anything but the rewards themselves is compared."""
+        return any(not t.is_identity for t in self.transforms.values()) or not all(map(self.is_split, self.ensembles))
+
+    @property
+    def fits_transforms(self) -> bool:
+        """Whether a pass over all the data has to fit a transform."""
+        return any(t.needs_fit for t in self.transforms.values())
+
+    def is_split(self, objective: str) -> bool:
+        """Whether several rewards judge an objective, each for itself."""
+        return objective in self.ensembles and self.ensembles[objective].combine == "agree"
 
     @field_validator("scale")
     @classmethod
@@ -194,7 +285,7 @@ class SelectionConfig(Section):
             raise ValueError(f"a given scale has no effect with strategy {self.strategy} and gap {self.gap}; remove it")
         if self.reference is not None and self.reference_quantile != type(self).model_fields["reference_quantile"].default:
             raise ValueError("reference_quantile has no effect when reference is given; remove one of the two")
-        if self.strategy == "map" and self.ensembles and self.scale == "group":
+        if self.strategy == "map" and any(map(self.is_split, self.ensembles)) and self.scale == "group":
             raise ValueError(
                 "strategy map weighs ensembles over all the data, which scale: group does not have; use scale: data"
             )
@@ -233,9 +324,13 @@ class SelectionConfig(Section):
             self._check_complete("reference", self.reference, objectives, "objective")
         if self.min_agreeing is not None and self.min_agreeing > len(objectives):
             raise ValueError(f"min_agreeing is {self.min_agreeing}, but there are {len(objectives)} objectives; lower it")
+        columns, judges = self.columns_of(objectives), self.judges_of(objectives)
+        self._check("transforms", self.transforms, columns, "the rewards that are selected by")
         if isinstance(self.scale, dict):
-            self._check("scale", self.scale, known, "the rewards")
-            self._check_complete("scale", self.scale, self.columns_of(objectives), "reward")
+            combined = [name for name in self.ensembles if name in judges]
+            apart = [name for name in known if name in judges or name not in columns]
+            self._check("scale", self.scale, [*apart, *combined], "the rewards")
+            self._check_complete("scale", self.scale, judges, "reward")
         return objectives
 
     def columns_of(self, objectives: Iterable[str]) -> list[str]:
@@ -245,6 +340,10 @@ class SelectionConfig(Section):
                 column for name in objectives for column in (self.ensembles[name].members if name in self.ensembles else [name])
             )
         )
+
+    def judges_of(self, objectives: Iterable[str]) -> list[str]:
+        """What is compared: the reward columns, with one name for members that become one value."""
+        return [judge for name in objectives for judge in (self.ensembles[name].members if self.is_split(name) else [name])]
 
     @staticmethod
     def _check(field: str, names: Iterable[str], known: list[str], what: str) -> None:

@@ -103,6 +103,16 @@ def reward_lists(table: pa.Table, columns: list[str]) -> dict[str, pa.Array]:
     return {name: pa.ListArray.from_arrays(offsets, pa.array(_both(table, name))) for name in columns}
 
 
+def aligned_rewards(lists: dict[str, pa.Array]) -> dict[str, NDArray[np.float32]]:
+    """All rewards of each column (NaN where missing), of the groups where all columns have equally many."""
+    sizes = [_sizes(column) for column in lists.values()]
+    alike = np.all([size == sizes[0] for size in sizes], axis=0)
+    return {
+        name: column.flatten().to_numpy(zero_copy_only=False)[np.repeat(alike, size)]
+        for (name, column), size in zip(lists.items(), sizes, strict=True)
+    }
+
+
 def ids_of(table: pa.Table) -> pa.Array:
     """The prompt ids of a table, made from the prompts where it has none."""
     if "prompt_id" in table.column_names:

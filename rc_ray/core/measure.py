@@ -1,17 +1,18 @@
-"""What selection has to know about all the data before it looks at one group: scales, and MAP's weights.
+"""What selection has to know about all the data before it looks at one group: transforms, scales, and MAP's weights.
 
 A `Summary` is taken of each table and added up; the sum is exact (integers, not floats), so it is the same bit for bit however
 the rows are ordered or split, on one machine or on a cluster. `fit` turns it into the numbers that `select_pairs` needs.
 
     fitted = fit(sum(summaries[1:], summaries[0]), config)
+
+The scale of rewards that are transformed by what is fitted takes a second pass, which `fit` asks for.
 """
 
 from __future__ import annotations
 
 import hashlib
-import heapq
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import isqrt, ldexp
 from typing import Any
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from rc_ray.config import SelectionConfig
 from rc_ray.core.compiled import compiled
+from rc_ray.core.transforms import SAMPLE_GROUPS, Parameters, derive, fit_shares
 from rc_ray.errors import DataError
 
 Pilot = tuple[bytes, str, tuple[tuple[float, ...], ...]]
@@ -32,16 +34,20 @@ class Fitted:
     """Numbers about the data that selection uses; kept in the manifest.
 
     Attributes:
-        scale: per reward column, None when none was needed or the configuration gives it.
+        scale: per `SelectionConfig.judges_of`, None when none was needed or the configuration gives it.
         weights: MAP's weight per objective, None for other strategies.
+        transforms: per reward column with a transform that is fitted, its parameters (`core.transforms`); empty ones where no reward was
+            there to fit it to, and then no group is selected from. None where nothing is fitted.
     """
 
     scale: dict[str, float] | None = None
     weights: dict[str, float] | None = None
+    transforms: dict[str, Parameters] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"scale": self.scale, "weights": self.weights}
+        transforms = {} if self.transforms is None else {"transforms": self.transforms}
+        return {"scale": self.scale, "weights": self.weights, **transforms}
 
 
 @compiled
@@ -70,36 +76,57 @@ class Summary:
     """Exact sums over candidates per reward column, and a pilot sample of groups.
 
     Attributes:
-        columns: the reward columns.
+        columns: what the sums are of: reward columns, or what is derived of them.
         count: (M,) int64, finite rewards per column.
         sums: (M, 256, 3) int64, see `_add_moments`.
         pilot: the groups whose prompt hashes lowest, with (N, M) rewards; at most `num_pilot_groups`.
         num_pilot_groups: 0 when no pilot is needed.
+        pilot_columns: the reward columns of the pilot.
+        ends: of these, the lowest and the highest finite reward of all candidates; infinite without one.
     """
 
     columns: tuple[str, ...]
     count: NDArray[np.int64]
     sums: NDArray[np.int64]
-    pilot: tuple[Pilot, ...]
-    num_pilot_groups: int
+    pilot: tuple[Pilot, ...] = ()
+    num_pilot_groups: int = 0
+    pilot_columns: tuple[str, ...] = ()
+    ends: tuple[tuple[float, float], ...] = ()
 
     @classmethod
-    def of(cls, rewards: dict[str, pa.Array], num_pilot_groups: int = 0, prompt_ids: pa.Array | None = None) -> Summary:
-        """Summary of one table: list<float32> columns by name; missing and non-finite rewards do not count."""
-        count = np.zeros(len(rewards), dtype=np.int64)
-        sums = np.zeros((len(rewards), 256, 3), dtype=np.int64)
-        for m, column in enumerate(rewards.values()):
-            bits = column.flatten().drop_null().to_numpy(zero_copy_only=False).astype(np.float32, copy=False).view(np.uint32)
+    def of(
+        cls,
+        rewards: dict[str, pa.Array],
+        num_pilot_groups: int = 0,
+        prompt_ids: pa.Array | None = None,
+        derived: Mapping[str, NDArray[np.float64]] | None = None,
+    ) -> Summary:
+        """Summary of one table.
+
+        Args:
+            rewards: list<float32> columns by name; missing and non-finite rewards do not count.
+            num_pilot_groups, prompt_ids: for a pilot.
+            derived: flat values to sum up in the place of the rewards, rounded to float32.
+        """
+        columns = tuple(rewards if derived is None else derived)
+        count = np.zeros(len(columns), dtype=np.int64)
+        sums = np.zeros((len(columns), 256, 3), dtype=np.int64)
+        for m, name in enumerate(columns):
+            flat = derived[name] if derived is not None else _given(rewards[name])
+            with np.errstate(over="ignore"):
+                bits = flat.astype(np.float32, copy=False).view(np.uint32)
             count[m] = _add_moments(bits, sums[m])
-        pilot: tuple[Pilot, ...] = ()
-        if num_pilot_groups:
-            assert prompt_ids is not None
-            pilot = _smallest(_pilots(rewards, prompt_ids), num_pilot_groups)
-        return cls(tuple(rewards), count, sums, pilot, num_pilot_groups)
+        if not num_pilot_groups:
+            return cls(columns, count, sums)
+        assert prompt_ids is not None
+        pilot = _smallest(_pilots(rewards, prompt_ids), num_pilot_groups)
+        return cls(columns, count, sums, pilot, num_pilot_groups, tuple(rewards), tuple(map(_ends, rewards.values())))
 
     def __add__(self, other: Summary) -> Summary:
         pilot = _smallest([*self.pilot, *other.pilot], self.num_pilot_groups)
-        return Summary(self.columns, self.count + other.count, self.sums + other.sums, pilot, self.num_pilot_groups)
+        ends = tuple((min(a, c), max(b, d)) for (a, b), (c, d) in zip(self.ends, other.ends, strict=True))
+        count, sums = self.count + other.count, self.sums + other.sums
+        return Summary(self.columns, count, sums, pilot, self.num_pilot_groups, self.pilot_columns, ends)
 
     def to_bytes(self) -> bytes:
         """For a column of a table; rows of zeros are left out."""
@@ -111,6 +138,8 @@ class Summary:
             "sums": self.sums[:, used].tolist(),
             "pilot": [[digest.hex(), prompt, rewards] for digest, prompt, rewards in self.pilot],
             "num_pilot_groups": self.num_pilot_groups,
+            "pilot_columns": self.pilot_columns,
+            "ends": self.ends,
         }
         return json.dumps(value).encode()
 
@@ -121,14 +150,31 @@ class Summary:
         sums = np.zeros((len(value["columns"]), 256, 3), dtype=np.int64)
         sums[:, value["exponents"]] = np.asarray(value["sums"], dtype=np.int64).reshape(len(sums), -1, 3)
         pilot = tuple((bytes.fromhex(digest), prompt, tuple(map(tuple, rewards))) for digest, prompt, rewards in value["pilot"])
-        return cls(tuple(value["columns"]), np.asarray(value["count"], dtype=np.int64), sums, pilot, value["num_pilot_groups"])
+        count, ends = np.asarray(value["count"], dtype=np.int64), tuple((low, high) for low, high in value["ends"])
+        names = tuple(value["columns"]), tuple(value["pilot_columns"])
+        return cls(names[0], count, sums, pilot, value["num_pilot_groups"], names[1], ends)
+
+    def mean(self, column: str) -> float | None:
+        """Mean of a column, correctly rounded; None without a reward."""
+        m = self.columns.index(column)
+        number = int(self.count[m])
+        return self._total(m) / (number << 149) if number else None
+
+    def sample(self, column: str) -> NDArray[np.float64]:
+        """Rewards of all candidates of the first `SAMPLE_GROUPS` groups of the pilot."""
+        m = self.pilot_columns.index(column)
+        return np.asarray([row[m] for _, _, rewards in self.pilot[:SAMPLE_GROUPS] for row in rewards], dtype=np.float64)
+
+    def _total(self, m: int) -> int:
+        """Sum of a column in units of 2^-149."""
+        return sum(int(s) << (e - 1) for e, s in enumerate(self.sums[m, :, 0]) if s)
 
     def scale(self) -> dict[str, float]:
         """Standard deviation (of the population) per column, correctly rounded; 1 where a column never varies, which then adds nothing."""
         scales = {}
         for m, name in enumerate(self.columns):
             number = int(self.count[m])
-            total = sum(int(s) << (e - 1) for e, s in enumerate(self.sums[m, :, 0]) if s)  # unit 2^-149
+            total = self._total(m)
             square = sum(
                 ((int(high) << 24) + int(low)) << (2 * e - 2) for e, (_, high, low) in enumerate(self.sums[m]) if high or low
             )  # unit 2^-298
@@ -146,6 +192,17 @@ def _root(numerator: int, denominator: int) -> float:
     return ldexp(float(root | (root * root * denominator != scaled)), -shift // 2)
 
 
+def _given(column: pa.Array) -> NDArray[Any]:
+    """All rewards of a column that are there."""
+    return np.asarray(column.flatten().drop_null().to_numpy(zero_copy_only=False))
+
+
+def _ends(column: pa.Array) -> tuple[float, float]:
+    flat = _given(column)
+    finite = flat[np.isfinite(flat)] + np.float32(0.0)  # -0.0 is 0.0
+    return float(finite.min(initial=np.inf)), float(finite.max(initial=-np.inf))
+
+
 def _pilots(rewards: dict[str, pa.Array], prompt_ids: pa.Array) -> Iterable[Pilot]:
     columns = [column.to_pylist() for column in rewards.values()]
     for prompt, *lists in zip(prompt_ids.to_pylist(), *columns, strict=True):
@@ -159,31 +216,64 @@ def _pilots(rewards: dict[str, pa.Array], prompt_ids: pa.Array) -> Iterable[Pilo
 
 
 def _smallest(pilots: Iterable[Pilot], number: int) -> tuple[Pilot, ...]:
-    return tuple(heapq.nsmallest(number, pilots))
+    return tuple(sorted(pilots)[:number])
 
 
-def fit(summary: Summary, config: SelectionConfig) -> Fitted:
+def num_sampled_groups(config: SelectionConfig) -> int:
+    """How many groups the pilot must have."""
+    by_transforms = SAMPLE_GROUPS if any(t.needs_sample for t in config.transforms.values()) else 0
+    return max(by_transforms, config.num_pilot_groups if config.strategy == "map" else 0)
+
+
+def fit(summary: Summary, config: SelectionConfig, measure: Callable[[Fitted], Summary] | None = None) -> Fitted:
     """What the configuration needs to know about the data.
+
+    Args:
+        summary: of all the data.
+        config: the options.
+        measure: makes the second pass, with what the first one gave; called where transforms are fitted and the scale is needed.
 
     Raises:
         DataError: MAP's targets cannot be reached, or are reached already.
     """
-    scale = summary.scale() if config.needs_scale_of_data else None
+    transforms = _fit_transforms(summary, config) if config.fits_transforms else None
+    scale = None
+    if config.needs_scale_of_data and transforms is not None:
+        assert measure is not None
+        scale = measure(Fitted(transforms=transforms)).scale()
+    elif config.needs_scale_of_data:
+        scale = summary.scale()
     if config.strategy != "map":
-        return Fitted(scale)
+        return Fitted(scale, None, transforms)
     given = config.scale if isinstance(config.scale, dict) else scale or {}
     columns = []
-    rows = np.asarray([row for _, _, rewards in summary.pilot for row in rewards])
+    rows = np.asarray([row for _, _, rewards in summary.pilot[: config.num_pilot_groups] for row in rewards])
     if not rows.size:
         raise DataError("selection.strategy map: no group has all its rewards; score the groups first")
-    by_name = dict(zip(summary.columns, rows.T, strict=True))
+    by_name = dict(zip(summary.pilot_columns, rows.T, strict=True))
+    if config.derives:
+        by_name = derive(by_name, config, config.judges_of(config.targets), transforms)
     for name in config.targets:
-        members = config.columns_of([name])
-        ensemble = name in config.ensembles
-        columns.append(np.mean([by_name[m] / (given[m] if ensemble else 1.0) for m in members], axis=0))
+        judges = config.judges_of([name])
+        columns.append(np.mean([by_name[m] / (given[m] if config.is_split(name) else 1.0) for m in judges], axis=0))
     targets = np.asarray(list(config.targets.values()))
     values = np.stack(columns, axis=1)
-    return Fitted(scale, dict(zip(config.targets, map_weights(values, targets, list(config.targets)).tolist(), strict=True)))
+    weights = map_weights(values, targets, list(config.targets)).tolist()
+    return Fitted(scale, dict(zip(config.targets, weights, strict=True)), transforms)
+
+
+def _fit_transforms(summary: Summary, config: SelectionConfig) -> dict[str, Parameters]:
+    fitted: dict[str, Parameters] = {}
+    for name, transform in config.transforms.items():
+        if transform.kind == "zscore":
+            mean = summary.mean(name)
+            fitted[name] = {} if mean is None else {"mean": mean, "deviation": summary.scale()[name]}
+        elif transform.kind == "quantile":
+            fitted[name] = fit_shares(summary.sample(name), *summary.ends[summary.pilot_columns.index(name)])
+        elif transform.needs_fit:
+            sample = summary.sample(name)
+            fitted[name] = {"reference": float(np.quantile(sample, transform.reference_quantile))} if sample.size else {}
+    return fitted
 
 
 def map_weights(rewards: NDArray[np.float64], targets: NDArray[np.float64], names: list[str]) -> NDArray[np.float64]:

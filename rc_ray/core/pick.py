@@ -31,8 +31,8 @@ class Groups(NamedTuple):
     """Groups as flat arrays over their T candidates, group after group.
 
     Attributes:
-        rewards: float32 (T, M), one column per reward model.
-        values: float32 (T, K), one column per objective; `rewards` itself without ensembles.
+        rewards: float32 (T, M), one column per reward model; or float64, what is derived of them.
+        values: (T, K), one column per objective; `rewards` itself without ensembles.
         offsets: int64 (G + 1,), group g has candidates offsets[g] to offsets[g + 1].
         status: int8 (G,), OK or why the group cannot be searched.
         text_offsets, text_bytes: int64 (T + 1,) and uint8, UTF-8 of all texts; empty when all texts are different.
@@ -41,8 +41,8 @@ class Groups(NamedTuple):
         key: uint64 (G,), random number of the group.
     """
 
-    rewards: NDArray[np.float32]
-    values: NDArray[np.float32]
+    rewards: NDArray[np.float32] | NDArray[np.float64]
+    values: NDArray[np.float32] | NDArray[np.float64]
     offsets: NDArray[np.int64]
     status: NDArray[np.int8]
     text_offsets: NDArray[np.int64]

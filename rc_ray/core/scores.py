@@ -144,10 +144,10 @@ def log_sigmoid(values: Any, offsets: Any, weights: Any, reference: Any, quantil
 def ensemble_means(rewards: Any, offsets: Any, objective: Any, scale: Any, ensemble: Any) -> Any:
     """Value of each objective: its reward, or for an ensemble the mean of its members' rewards over their scales.
 
-    (T, M) rewards, (M,) objective of each column, (1, M) or (G, M) scale, (K,) whether an objective is an ensemble; float32 (T, K).
+    (T, M) rewards, (M,) objective of each column, (1, M) or (G, M) scale, (K,) whether an objective is an ensemble; (T, K) of their type.
     """
     size = np.bincount(objective)
-    values = np.zeros((rewards.shape[0], ensemble.size), dtype=np.float32)
+    values = np.zeros((rewards.shape[0], ensemble.size), dtype=rewards.dtype)
     for g in range(offsets.size - 1):
         row = g if scale.shape[0] > 1 else 0
         for i in range(offsets[g], offsets[g + 1]):

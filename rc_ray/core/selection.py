@@ -6,7 +6,8 @@
 Invariant: every group has at least one pair or exactly one drop with its reason, and which depends neither on the order of rows nor on how
 rows are split into tables. Rules are in `rule.py`, strategies in `strategies.py`, the compiled searches in `pick.py`.
 
-What is defined where: rewards are float32, larger ones a table may hold are rounded to it; null, NaN and infinite rewards are missing, and a
+What is defined where: what is compared are the rewards, or with `transforms` and combined ensembles what `transforms.py` derives of them;
+pairs are written with the rewards. Rewards are float32, larger ones a table may hold are rounded to it; null, NaN and infinite rewards are missing, and a
 group with one is a drop (`reward_missing`); fewer than two candidates are `too_few_candidates`; equal answers only are `identical_candidates`;
 one objective is allowed here, and makes `rcs` the same as `best_worst`.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +27,7 @@ from rc_ray.config import SelectionConfig
 from rc_ray.core import pick, schemas
 from rc_ray.core.groups import (
     ScoredTable,
+    aligned_rewards,
     ids_of,
     is_preference,
     one_message,
@@ -32,9 +35,10 @@ from rc_ray.core.groups import (
     reward_columns,
     reward_lists,
 )
-from rc_ray.core.measure import Fitted, Summary, fit
+from rc_ray.core.measure import Fitted, Summary, fit, num_sampled_groups
 from rc_ray.core.pick import Found, Groups, mark_unusable, random_keys
 from rc_ray.core.strategies import STRATEGIES, prepare
+from rc_ray.core.transforms import derive
 from rc_ray.errors import ConfigError, DataError
 
 STAGE = "select"
@@ -72,35 +76,71 @@ def selection_objectives(config: SelectionConfig, columns: Iterable[str]) -> lis
         raise ConfigError(str(error)) from None
 
 
-def summarize(table: pa.Table, config: SelectionConfig) -> Summary:
-    """What one table contributes to the numbers about all the data; add them up, then `fit`."""
-    names = reward_columns(table.schema)
-    columns = config.columns_of(selection_objectives(config, names))
-    pilots = config.num_pilot_groups if config.strategy == "map" else 0
-    return Summary.of(reward_lists(table, columns), pilots, ids_of(table) if pilots else None)
+def summarize(table: pa.Table, config: SelectionConfig, fitted: Fitted | None = None) -> Summary:
+    """What one table contributes to the numbers about all the data; add them up, then `fit`.
+
+    Args:
+        table: as for `select_pairs`; without answers where no group is sampled (`measure.num_sampled_groups`).
+        config: the options.
+        fitted: what the first pass gave, in a second one.
+    """
+    objectives = selection_objectives(config, reward_columns(table.schema))
+    columns = config.columns_of(objectives)
+    ids = None
+    if fitted is None and num_sampled_groups(config):
+        # Of existing pairs, the prompt may be what chosen and rejected begin with.
+        ids = read_scored(table, columns).table.column("prompt_id") if is_preference(table.schema) else ids_of(table)
+    return _summary(reward_lists(table, columns), ids, config, objectives, fitted)
+
+
+def _summary(
+    lists: dict[str, pa.Array], ids: pa.Array | None, config: SelectionConfig, objectives: list[str], fitted: Fitted | None
+) -> Summary:
+    """Sums over what is compared as soon as it is known, and over rewards before; a sample of rewards in the first pass."""
+    derived: dict[str, NDArray[np.float64]] | None = None
+    if config.derives and (fitted is not None or not config.fits_transforms):
+        derived = {}
+        for name in config.judges_of(objectives):
+            rewards = aligned_rewards({column: lists[column] for column in config.columns_of([name])})
+            derived |= derive(rewards, config, [name], fitted.transforms if fitted is not None else None)
+    return Summary.of(lists, num_sampled_groups(config) if ids is not None else 0, ids, derived)
 
 
 def needs_fit(config: SelectionConfig) -> bool:
     """Whether selection needs a pass over all the data first."""
-    return config.needs_scale_of_data or config.strategy == "map"
+    return config.needs_scale_of_data or config.fits_transforms or config.strategy == "map"
+
+
+def without_fit(config: SelectionConfig, columns: Iterable[str]) -> Fitted:
+    """Stands in for the numbers about all the data while these are not there yet: every scale and weight is 1, and rewards whose transform
+    is not fitted stay as they are."""
+    objectives = selection_objectives(config, columns)
+    transforms: dict[str, Any] = {name: {} for name, transform in config.transforms.items() if transform.needs_fit}
+    return Fitted(dict.fromkeys(config.judges_of(objectives), 1.0), dict.fromkeys(objectives, 1.0), transforms)
 
 
 def fit_selection(tables: Iterable[pa.Table], config: SelectionConfig) -> Fitted:
-    """The numbers about all the data that `select_pairs` needs, from one pass over its tables.
+    """The numbers about all the data that `select_pairs` needs, from one pass over its tables; transforms that are fitted may take a second
+    one, for which the tables are held.
 
     Raises:
         DataError: there is no table, or see `fit`.
     """
     if not needs_fit(config):
         return Fitted()
-    total: Summary | None = None
-    for table in tables:
-        for batch in _blocks(table):
-            summary = summarize(batch, config)
-            total = summary if total is None else total + summary
-    if total is None:
-        raise DataError("there is no group to measure the scale on; give at least one")
-    return fit(total, config)
+    source = list(tables) if config.fits_transforms else tables
+
+    def measure(fitted: Fitted | None = None) -> Summary:
+        total: Summary | None = None
+        for table in source:
+            for batch in _blocks(table):
+                summary = summarize(batch, config, fitted)
+                total = summary if total is None else total + summary
+        if total is None:
+            raise DataError("there is no group to measure the scale on; give at least one")
+        return total
+
+    return fit(measure(), config, measure)
 
 
 def _blocks(table: pa.Table) -> Iterable[pa.Table]:
@@ -324,7 +364,7 @@ def select_indices(
     if used != columns:
         values = np.ascontiguousarray(values[:, :, [columns.index(name) for name in used]])
     if fitted is None:
-        fitted = fit_array(values, used, config)
+        fitted = fit_array(values, used, config, names)
     parts: list[Found] = []
     for start in range(0, num_groups, BLOCK):
         block = values[start : start + BLOCK].reshape(-1, len(used))
@@ -351,7 +391,9 @@ def concatenate(parts: list[Found]) -> Found:
     return Found(group, winner, loser, gap, status, sum(part.num_beyond_cap for part in parts))
 
 
-def fit_array(rewards: NDArray[np.float32], columns: list[str], config: SelectionConfig) -> Fitted:
+def fit_array(
+    rewards: NDArray[np.float32], columns: list[str], config: SelectionConfig, objectives: list[str] | None = None
+) -> Fitted:
     """`fit_selection` on an array (G, N, M)."""
     if not needs_fit(config):
         return Fitted()
@@ -361,5 +403,11 @@ def fit_array(rewards: NDArray[np.float32], columns: list[str], config: Selectio
         name: pa.ListArray.from_arrays(offsets, pa.array(np.ascontiguousarray(rewards[:, :, m]).ravel()))
         for m, name in enumerate(columns)
     }
-    pilots = config.num_pilot_groups if config.strategy == "map" else 0
-    return fit(Summary.of(lists, pilots, pa.array([str(g) for g in range(num_groups)]) if pilots else None), config)
+    names = selection_objectives(config, columns) if objectives is None else objectives
+
+    def measure(fitted: Fitted | None = None) -> Summary:
+        sampled = fitted is None and num_sampled_groups(config)
+        ids = pa.array([str(g) for g in range(num_groups)], pa.string()) if sampled else None
+        return _summary(lists, ids, config, names, fitted)
+
+    return fit(measure(), config, measure)

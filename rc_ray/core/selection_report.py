@@ -364,7 +364,7 @@ def lacks_scale(config: SelectionConfig, fitted: Fitted) -> bool:
 
 def scale_only(config: SelectionConfig) -> SelectionConfig:
     """A configuration that measures the scale of the same objectives."""
-    return SelectionConfig(objectives=config.objectives, ensembles=config.ensembles)
+    return SelectionConfig(objectives=config.objectives, ensembles=config.ensembles, transforms=config.transforms)
 
 
 def _quantiles(parts: list[Any]) -> dict[str, float]:

@@ -21,6 +21,7 @@ from rc_ray.core import pick, scores
 from rc_ray.core.measure import Fitted
 from rc_ray.core.pick import Found, Groups
 from rc_ray.core.rule import DOMINATES, HIGHER, Rule, make_rule, plain_rule
+from rc_ray.core.transforms import derive
 
 Array = NDArray[np.float64]
 
@@ -33,7 +34,7 @@ class Prepared:
         groups: the flat arrays.
         config: the options.
         objectives: names, K of them.
-        scale: (1, K) or (G, K) of the objectives; 1 for ensembles, whose values are in units of scale already.
+        scale: (1, K) or (G, K) of the objectives; 1 for ensembles of members apart, whose values are in units of scale already.
         rule: the RC rule.
         fitted: numbers about the data.
     """
@@ -202,16 +203,22 @@ STRATEGIES: dict[str, Callable[[Prepared], dict[str, Found]]] = {
 
 
 def prepare(groups: Groups, config: SelectionConfig, objectives: list[str], columns: list[str], fitted: Fitted) -> Prepared:
-    """Computes scales, objective values and margins for groups.
+    """Computes transforms, scales, objective values and margins for groups.
 
     Args:
-        groups: flat arrays; `values` is replaced when there are ensembles.
+        groups: flat arrays; `rewards` are replaced by what is derived of them, `values` when there are ensembles.
         config, objectives: the options and what they select by.
         columns: names of the reward columns of `groups.rewards`.
-        fitted: scale of the data, where needed.
+        fitted: transforms and scale of the data, where needed.
     """
-    members = [next(k for k, name in enumerate(objectives) if column in config.columns_of([name])) for column in columns]
-    ensemble = np.asarray([name in config.ensembles for name in objectives])
+    if config.derives:
+        rewards = {name: groups.rewards[:, m] for m, name in enumerate(columns)}
+        columns = config.judges_of(objectives)
+        derived = derive(rewards, config, columns, fitted.transforms)
+        values = np.ascontiguousarray(np.stack([derived[name] for name in columns], axis=1))
+        groups = groups._replace(rewards=values, values=values)
+    members = [next(k for k, name in enumerate(objectives) if column in config.judges_of([name])) for column in columns]
+    ensemble = np.asarray([config.is_split(name) for name in objectives])
     if not config.uses_scale:
         scale = np.ones((1, len(columns)))
     elif config.scale == "group":
@@ -226,7 +233,7 @@ def prepare(groups: Groups, config: SelectionConfig, objectives: list[str], colu
         margin,
         config.consistency,
         members,
-        [config.ensembles[name].share if name in config.ensembles else 1.0 for name in objectives],
+        [config.ensembles[name].share if config.is_split(name) else 1.0 for name in objectives],
         objectives.index(config.primary) if config.primary is not None else None,
         config.min_agreeing,
     )

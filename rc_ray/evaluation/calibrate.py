@@ -107,7 +107,7 @@ class CalibrationReport:
     """As wanted."""
     without_margins: dict[str, Precision]
     margins: dict[str, float] | None
-    """For `selection.margins`; None when the wanted precision is out of reach."""
+    """For `selection.margins` of rewards without a transform; None when the wanted precision is out of reach."""
     with_margins: dict[str, Precision]
 
     def as_dict(self) -> dict[str, Any]:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import html
 import io
 import json
+from itertools import islice
 from typing import Any
 
 from rc_ray.config.selection import OPTIONS
-from rc_ray.core.schemas import pair_schema
 from rc_ray.ledger.rundir import RunDir
 
 NUM_EXAMPLES = 5
+# What a reward comes from: the first of these that its kind has.
+SOURCES = ("model", "policy", "function", "class", "url")
 STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse;margin:1rem 0}td,th{border:1px solid #ccc;padding:.3rem .6rem;text-align:right}"
@@ -27,7 +29,9 @@ STYLE = (
 def write_report(run: RunDir) -> str:
     """Writes report/index.html and README.md; returns the path of the report."""
     metrics, manifest = run.root.read_json("metrics.json"), run.manifest()
-    examples = run.pairs.read_all(pair_schema([])).slice(0, NUM_EXAMPLES).to_pylist()
+    examples = list(
+        islice((pair for table in run.pairs.tables() for pair in table.slice(0, NUM_EXAMPLES).to_pylist()), NUM_EXAMPLES)
+    )
     run.report.write_bytes("index.html", _html(metrics, manifest, examples).encode())
     run.root.write_bytes("README.md", _card(metrics, manifest).encode())
     return f"{run.report.uri}/index.html"
@@ -97,6 +101,11 @@ def _html(metrics: dict[str, Any], manifest: dict[str, Any], examples: list[dict
     if policies:
         columns = ["candidates", "tokens", "chosen", "rejected"]
         parts.append(_table(["policy", *columns], [[name, *(p[c] for c in columns)] for name, p in policies.items()]))
+    scoring = metrics.get("scoring")
+    if scoring:
+        columns = list(dict.fromkeys(column for summary in scoring.values() for column in summary))
+        rows = [[name, *(summary.get(column, "") for column in columns)] for name, summary in scoring.items()]
+        parts += ["<h2>Scoring</h2>", _table(["objective", *columns], rows)]
     comparison = metrics.get("evaluation")
     if comparison:
         rows = [
@@ -146,7 +155,7 @@ def _card(metrics: dict[str, Any], manifest: dict[str, Any]) -> str:
     counts, fields = metrics["identity"], manifest["result_fields"]
     drops = "\n".join(f"| {reason} | {n} |" for reason, n in sorted(counts["drops"].items(), key=lambda i: -i[1]))
     rewards = "\n".join(
-        f"| {name} | {r['kind']} | {r.get('model') or r.get('function')} |" for name, r in fields["rewards"].items()
+        f"| {name} | {r['kind']} | {next(r[key] for key in SOURCES if key in r)} |" for name, r in fields["rewards"].items()
     )
     selection = fields["selection"]
     consistent = selection["strategy"] in ("rcs", "rc_all")

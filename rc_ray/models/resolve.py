@@ -43,7 +43,7 @@ def check_model(field: str, name: str, revision: str | None = None) -> None:
         _check_hub(field, name, revision)
 
 
-def check_adapter(field: str, name: str) -> None:
+def check_adapter(field: str, name: str, revision: str | None = None) -> None:
     """Checks that a LoRA adapter can be found, without loading it.
 
     Raises:
@@ -63,7 +63,7 @@ def check_adapter(field: str, name: str) -> None:
     elif name.startswith(("/", "./", "../", "~")) or not HUB_ID.match(name):
         raise ModelError(f"{field} = {name!r}: the folder does not exist; give the folder of a LoRA adapter, or a Hub id")
     else:
-        _check_hub(field, name, None, ADAPTER_CONFIG)
+        _check_hub(field, name, revision, ADAPTER_CONFIG)
 
 
 def adapter_rank(field: str, folder: Path) -> int:
@@ -77,7 +77,7 @@ def adapter_rank(field: str, folder: Path) -> int:
         kind = config.get("peft_type")
         if kind != "LORA":
             raise ModelError(
-                f"{field} = {str(folder)!r}: peft_type is {kind!r}, and only LORA can be sampled; merge it into the model"
+                f"{field} = {str(folder)!r}: peft_type is {kind!r}, and only LORA is supported; merge it into the model"
             )
         return max(int(config["r"]), *(int(r) for r in (config.get("rank_pattern") or {}).values()), 1)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
@@ -86,14 +86,16 @@ def adapter_rank(field: str, folder: Path) -> int:
         ) from None
 
 
-def local_adapter(name: str) -> str:
+def local_adapter(name: str, revision: str | None = None) -> str:
     """The local folder of a LoRA adapter; one on remote storage or the Hub is downloaded once per machine."""
     path = local_model(name)
     if Path(path).is_dir():
         return path
     from huggingface_hub import snapshot_download
 
-    return str(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
+    # Pickled weights are left where they are.
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+    return str(snapshot_download(name, revision=revision, allow_patterns=patterns))
 
 
 def _check_files(field: str, name: str, files: list[str]) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,15 +18,15 @@ import pyarrow.compute as pc
 from rc_ray.config import RewardConfig, SelectionConfig
 from rc_ray.core import schemas
 from rc_ray.core.ids import candidate_seed
-from rc_ray.core.measure import Fitted
-from rc_ray.core.selection import select_pairs
+from rc_ray.core.selection import select_pairs, without_fit
 from rc_ray.errors import ResumeError
+from rc_ray.generation.engine import EngineDied, GroupTimedOut
 from rc_ray.ledger.ledger import Ledger, chunk_name
 from rc_ray.ledger.storage import Folder
 from rc_ray.pipeline.attempts import Attempts
 from rc_ray.pipeline.policies import Member, Policy, engines_of
-from rc_ray.pipeline.progress import Reporter
-from rc_ray.rewards.base import Score
+from rc_ray.pipeline.progress import Reporter, ask_board
+from rc_ray.rewards.base import Score, figures_of
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -35,10 +36,11 @@ CHUNK, SAMPLED, SCORED = "chunk", "sampled", "scored"
 Prompt = tuple[Member, list[int], int, int]  # policy, token ids, and which candidates [first, end) it is to give
 
 
-def load_chunk(items: pa.Table, prompts: Folder, groups: Folder) -> pa.Table:
-    """Reads one chunk: its groups when they have been sampled, with the rewards that are committed; else its prompts with
-    `candidates` null."""
+def load_chunk(items: pa.Table, prompts: Folder, groups: Folder, board: Any) -> pa.Table:
+    """Reads one chunk, when few enough are in work: its groups when they have been sampled, with the rewards that are committed; else its
+    prompts with `candidates` null."""
     (item,) = items.to_pylist()
+    ask_board(board.may_load, item[CHUNK])
     name = f"{chunk_name(item[CHUNK])}.parquet"
     table = (groups if item[SAMPLED] else prompts).read_table(name)
     wanted = [*schemas.GROUP.names, *(field.name for field in schemas.reward_fields(item[SCORED].split()))]
@@ -205,17 +207,12 @@ class GenerateGroups:
 
     def _collect(self, row: dict[str, Any], futures: list[tuple[str, Future[list[Candidate]]]]) -> tuple[str, str] | None:
         """Appends the candidates of the futures to the row; returns (reason, detail) of one that has none."""
-        from rc_ray.generation.engine import EngineDied, GroupTimedOut
-
         for name, future in futures:
             whose = self._whose(name)
             try:
                 row["candidates"] += [{**vars(candidate), "policy": name} for candidate in future.result()]
             except EngineDied as error:
-                # Raising would keep this actor with its dead engine; leaving makes Ray start another and retry the block.
-                print(f"rc_ray: the vLLM engine died: {error}", file=sys.stderr, flush=True)
-                self._reporter.error(f"the vLLM engine died: {error}"[:500], leaving=True)
-                os._exit(1)
+                leave(self._reporter, error)
             except GroupTimedOut as error:
                 return "generation_failed", f"{whose}{error}"
             except Exception as error:  # vLLM refused this request
@@ -223,12 +220,19 @@ class GenerateGroups:
         return None
 
 
+def leave(reporter: Reporter, error: Exception) -> NoReturn:
+    """Ends this process, whose engine died: raising would keep the actor as it is; now Ray starts another and retries the block."""
+    print(f"rc_ray: the vLLM engine died: {error}", file=sys.stderr, flush=True)
+    reporter.error(f"the vLLM engine died: {error}"[:500], leaving=True)
+    os._exit(1)
+
+
 class ScoreGroups:
     """Adds one objective's rewards to every group of a block."""
 
     def __init__(
-        self, objective: str, config: RewardConfig, on_gpu: bool, num_threads: int, board: Any | None, stage: str, max_attempts: int,
-        first: bool, last: bool, keep_scored: bool,
+        self, objective: str, config: RewardConfig, content: bytes | None, on_gpu: bool, num_threads: int, board: Any | None, stage: str,
+        max_attempts: int, first: bool, last: bool, keep_scored: bool,
     ) -> None:  # fmt: skip
         if not on_gpu:
             os.environ["OMP_NUM_THREADS"] = str(num_threads)
@@ -239,11 +243,13 @@ class ScoreGroups:
         from rc_ray.rewards.base import build_reward
 
         self._objective, self._first, self._last, self._keep_scored = objective, first, last, keep_scored
-        self._reward = build_reward(config, on_gpu, num_threads)
+        self._reward = build_reward(config, on_gpu, num_threads, content)
         self._reporter = Reporter(board, stage)
         self._attempts = Attempts(board, f"{stage} {objective}", max_attempts)
         if last:
             self._reporter.ready()
+        self._busy_s, self._figures = 0.0, figures_of(self._reward)
+        self._reporter.scored(objective, {}, 0.0)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Appends `reward.<objective>` and `missing.<objective>`."""
@@ -275,6 +281,7 @@ class ScoreGroups:
                         scores[i] = together[number]
                     else:
                         scores[i] = self._score_alone(ids[i], prompts[i], [c["text"] for c in candidates[i]])
+            self._report()
         rewards = [[s.value for s in group] for group in scores]
         missing = [self._why_missing(group) for group in scores]
         for reason in list(filter(None, missing))[-1:]:
@@ -285,8 +292,10 @@ class ScoreGroups:
         """The scores of each group; None after an error, which one group alone may have caused."""
         try:
             flat = [(prompt, c["text"]) for prompt, group in groups for c in group]
-            scores = iter(self._reward.score([p for p, _ in flat], [a for _, a in flat]))
+            scores = iter(self._ask([p for p, _ in flat], [a for _, a in flat]))
             return [[next(scores) for _ in group] for _, group in groups]
+        except EngineDied as error:
+            leave(self._reporter, error)
         except Exception:
             return None
 
@@ -295,9 +304,25 @@ class ScoreGroups:
             if given_up:
                 return [Score(None, given_up)] * len(answers)
             try:
-                return self._reward.score([prompt] * len(answers), answers)
+                return self._ask([prompt] * len(answers), answers)
+            except EngineDied as error:
+                leave(self._reporter, error)
             except Exception as error:
                 return [Score(None, f"scoring failed: {type(error).__name__}: {error}"[:500])] * len(answers)
+
+    def _ask(self, prompts: list[Any], answers: list[str]) -> list[Score]:
+        began_s = time.monotonic()
+        try:
+            return self._reward.score(prompts, answers)
+        finally:
+            self._busy_s += time.monotonic() - began_s
+
+    def _report(self) -> None:
+        """Tells the board what the reward has done since the last time."""
+        before, self._figures = self._figures, figures_of(self._reward)
+        counts = {name: value - before.get(name, 0) for name, value in self._figures.items()}
+        self._reporter.scored(self._objective, counts, self._busy_s)
+        self._busy_s = 0.0
 
     @staticmethod
     def _why_missing(group: list[Score]) -> str | None:
@@ -324,12 +349,6 @@ def count_policies(candidates: pa.StructArray) -> dict[str, int]:
         for row in table.group_by("policy").aggregate([("tokens", "count"), ("tokens", "sum")]).to_pylist()
         for what, key in (("candidates", "tokens_count"), ("tokens", "tokens_sum"))
     }
-
-
-def unit_scale(table: pa.Table) -> Fitted:
-    """Stands in for the numbers about all the data while these are not there yet: every scale and weight is 1."""
-    ones = dict.fromkeys(schemas.scored_objectives(table.schema), 1.0)
-    return Fitted(ones, ones)
 
 
 def _has_failed(row: dict[str, Any]) -> bool:
@@ -381,7 +400,8 @@ def commit_groups(
             if by_policy:
                 counts |= count_policies(candidates)
             if selection is not None:
-                counts["paired"] = select_pairs(table, selection, unit_scale(table)).num_paired
+                unknown = without_fit(selection, schemas.scored_objectives(table.schema))
+                counts["paired"] = select_pairs(table, selection, unknown).num_paired
             ledger.commit(stage, chunk, counts, {groups: table})
             board.committed.remote(stage, chunk, counts.get("paired"))
     return block

@@ -18,8 +18,8 @@ import pyarrow as pa
 
 from rc_ray.config import SelectionConfig
 from rc_ray.core import schemas
-from rc_ray.core.selection import select_pairs
-from rc_ray.pipeline.actors import GenerateGroups, unit_scale
+from rc_ray.core.selection import select_pairs, without_fit
+from rc_ray.pipeline.actors import GenerateGroups
 from rc_ray.pipeline.progress import Reporter
 
 # Drops that more candidates may turn into pairs.
@@ -118,9 +118,8 @@ class AdaptiveGroups(GenerateGroups):
                 row["rewards"][name] = ([*known, *values], why or missing)
 
     def _without_pair(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        # The scale of the data is not known yet; where it matters to whether there is a pair, the configuration is refused.
-        table = self._table(rows, schemas.GROUP)
-        selected = select_pairs(table, self._selection, unit_scale(table))
+        # Nothing about the data is known yet; where it matters to whether there is a pair, the configuration is refused.
+        selected = select_pairs(self._table(rows, schemas.GROUP), self._selection, without_fit(self._selection, self._scorers))
         target = self._policy.generation.target_gap
         lacking = {row["prompt_id"] for row in selected.drops.to_pylist() if row["reason"] in CURABLE}
         if target is not None:

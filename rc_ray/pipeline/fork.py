@@ -40,19 +40,19 @@ def fork(source: str, config: Config, hashes: dict[str, str], emit: Callable[[st
     old = rundir.open_existing(source)
     manifest = old.manifest()
     before, now = old.result_fields(), result_fields(config)
-    kept = _check(before, now, manifest["data_hashes"][PROMPTS], hashes[PROMPTS], source)
+    kept = _check(before, now, manifest["data_hashes"], hashes, source)
     run = rundir.create(config, hashes)
     run.update_manifest(forked_from={"run": old.root.uri, "fingerprint": manifest["fingerprint"]})
     if "models" in manifest:  # the run refuses to go on where a model is another one by now
         rewards = [config.rewards[name] for name in kept]
-        names = {*model_names(config), *(model for reward in rewards for model, _ in reward.models().values())}
+        names = {*model_names(config), *(model for reward in rewards for model, *_ in reward.models().values())}
         run.update_manifest(models={name: value for name, value in manifest["models"].items() if name in names})
     if not run.ledger.is_finished(PROMPTS):
         _copy(old.prompts, run.prompts, old.prompts.names(".parquet"))
         _copy(old.drops, run.drops, ["prompts.parquet"])
         run.ledger.finish(PROMPTS, old.ledger.facts(PROMPTS))
     sampled, scored = old.ledger.done(SAMPLE), old.ledger.done(SCORE)
-    all_rewards = before["rewards"] == now["rewards"]
+    all_rewards = kept == list(now["rewards"]) and now["rewards"].keys() == before["rewards"].keys()
     for chunk in sorted(sampled - run.ledger.done(SAMPLE)):
         record = f"{chunk_name(chunk)}.json"
         _copy(old.candidates, run.candidates, [f"{chunk_name(chunk)}.parquet"])
@@ -70,21 +70,31 @@ def fork(source: str, config: Config, hashes: dict[str, str], emit: Callable[[st
     return run
 
 
-def _check(before: dict[str, Any], now: dict[str, Any], old_hash: str, new_hash: str, source: str) -> list[str]:
+def _check(
+    before: dict[str, Any], now: dict[str, Any], old_hashes: dict[str, str], new_hashes: dict[str, str], source: str
+) -> list[str]:
     """The objectives whose rewards are still valid.
 
     Raises:
         ConfigError: the candidates are not.
     """
     changed = [line for key in SAMPLING for line in differences(before.get(key), now.get(key), f"{key}.")]
-    if old_hash != new_hash:
-        changed.append(f"content of prompts: {old_hash} -> {new_hash}")
+    if old_hashes[PROMPTS] != new_hashes[PROMPTS]:
+        changed.append(f"content of prompts: {old_hashes[PROMPTS]} -> {new_hashes[PROMPTS]}")
+    # An earlier version recorded no code.
+    other_code = [
+        key for key, value in new_hashes.items() if key.startswith("rewards.") and old_hashes.get(key, value) != value
+    ]
     if now["generation"]["max_candidates"] is not None:  # then rewards and selection decide how many candidates there are
+        changed += [f"content of {key}: {old_hashes[key]} -> {new_hashes[key]}" for key in other_code]
         changed += [line for key in ("rewards", "selection") for line in differences(before[key], now[key], f"{key}.")]
     if changed:
         lines = "\n".join(f"  {line}" for line in changed)
         raise ConfigError(f"--fork-from {source!r}: its candidates are not those that this configuration samples:\n{lines}")
-    return [name for name, reward in now["rewards"].items() if before["rewards"].get(name) == reward]
+    changed_code = {key.split(".")[1] for key in other_code}
+    return [
+        name for name, reward in now["rewards"].items() if before["rewards"].get(name) == reward and name not in changed_code
+    ]
 
 
 def _copy(source: Folder, target: Folder, names: list[str]) -> None:

@@ -3,7 +3,8 @@
     load chunk ─► GenerateGroups ─► commit `sample` ─► ScoreGroups x K ─► commit `score`
 
 One block is one chunk all the way, so a chunk is what is retried and committed. In streaming mode this is one graph; in phased
-mode each phase is a graph of its own, from commit to commit. `attach_*` add the same pools to any Dataset of the user's.
+mode each phase is a graph of its own, from commit to commit. `attach_*` add the same pools to any Dataset of the user's, `attach_phases` as
+the plan has them.
 
 The pools use `Dataset.map_batches_internal`, since `map_batches` refuses whole blocks (`batch_size=None`) where there are GPUs (Ray 2.60). A block goes
 to the actor of a pool that has the fewest (`_ActorPool.select_actors`), not to one on the block's node, which Ray would rather: blocks are
@@ -32,6 +33,7 @@ from rc_ray.pipeline.placement import EnginePlacement
 from rc_ray.pipeline.plan import Plan, Pool, is_generation, reward_threads
 from rc_ray.pipeline.policies import Policy, engines_of
 from rc_ray.pipeline.watchdog import TooManyFailedError, check_failed, guard
+from rc_ray.rewards.code import named_code, read_code
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 BLOCKS_PER_ENGINE = 4
 # For each reward actor, blocks between their first reward and their commit: the one it works on and the next.
 BLOCKS_PER_SCORER = 2
+# Blocks of a phase between loading and commit, for each that its actors can work on: enough for none to wait, and for slow ones among them.
+BLOCKS_IN_WORK = 3
 # Between two errors in Python's traceback.
 DIRECT_CAUSE = "\n\nThe above exception was the direct cause of the following exception:\n\n"
 
@@ -140,9 +144,11 @@ def _sizes(pool: Pool) -> dict[str, Any]:
 
 
 def _scorer_arguments(config: Config, plan: Plan, objective: str, board: Any, stage: str, num_pools: int) -> dict[str, Any]:
+    code = named_code(objective, config.rewards[objective])
     return {
         "objective": objective,
         "config": config.rewards[objective],
+        "content": None if code is None else read_code(*code),
         "on_gpu": plan.rewards[objective].num_gpus > 0,
         "num_threads": reward_threads(num_pools),
         "board": board,
@@ -193,6 +199,26 @@ def attach_rewards(
             num_cpus=pool.num_cpus,
             num_gpus=pool.num_gpus,
         )
+    return dataset
+
+
+def attach_phases(dataset: Dataset, config: Config, plan: Plan, board: Any = None, policy: Policy | None = None) -> Dataset:
+    """Adds the rewards of every objective to a Dataset of groups, and before them the candidates of a policy, if one is given.
+
+    Where all pools fit at once the result is lazy. Otherwise the Dataset is computed here, and kept in Ray's object store: first as it is
+    given, since that may need a pool of its own, then phase after phase of the plan.
+    """
+    in_phases = len(plan.phases) > 1
+    if in_phases:
+        dataset = dataset.materialize()
+    for pools in plan.phases:
+        if policy is not None and any(map(is_generation, pools)):
+            dataset = attach_generation(dataset, policy, config, plan, board)
+        objectives = [name for name in pools if not is_generation(name)]
+        if objectives:
+            dataset = attach_rewards(dataset, config, plan, board, objectives=objectives)
+        if in_phases:
+            dataset = dataset.materialize()
     return dataset
 
 
@@ -271,9 +297,17 @@ def _run_phase(
     # each of them imports for seconds while the engines start.
     small: dict[str, Any] = {"batch_format": "pyarrow", "num_cpus": plan.task_cpus, "concurrency": 1 + plan.num_engines}
     # Not `from_arrow`: it starts a task for each item, all at once, to count the rows.
+    # Loading waits for room, so it takes no CPU from those who make it.
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        actors.load_chunk, batch_size=1, fn_kwargs={"prompts": run.prompts, "groups": run.groups}, **small
+        actors.load_chunk,
+        batch_size=1,
+        fn_kwargs={"prompts": run.prompts, "groups": run.groups, "board": board},
+        **{**small, "num_cpus": 0},
     )
+    in_work = (2 * BLOCKS_PER_ENGINE * plan.num_engines if sample else 0) + BLOCKS_PER_SCORER * sum(
+        plan.rewards[name].largest for name in objectives
+    )
+    ray.get(board.hold_loading.remote(BLOCKS_IN_WORK * in_work, finished))
     # While rewards are counted beside sampling: as many blocks as the engines hold may wait for theirs.
     streaming = sample and score_stage == run.score_stage and run.policy.max_candidates is None
     ray.get(board.hold_sampling.remote(2 * BLOCKS_PER_ENGINE * plan.num_engines if streaming else None))

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from rc_ray.config import Config, PoolConfig
 from rc_ray.errors import ClusterError
-from rc_ray.generation.hardware import choose_dtype, cpu_engine_environment, engine_choices, num_cores
+from rc_ray.generation.hardware import choose_dtype, cpu_engine_environment, engine_choices, num_cores, scoring_choices
 from rc_ray.pipeline.policies import engines_of, members_of
 
 GENERATION = "generation"
@@ -169,7 +169,7 @@ def make_plan(
         train_gpus=train_gpus,
         engines_per_host=engines_per_host,
         across_nodes=across_nodes,
-        settings=[*placed, *_settings(config, first, engines_per_host, across_nodes)],
+        settings=[*placed, *_settings(config, first, engines_per_host, across_nodes), *_reward_settings(config, pools)],
     )
 
 
@@ -215,6 +215,17 @@ def _settings(config: Config, pool: Pool, engines_per_host: int, across_nodes: b
         chosen.append(f"{' '.join(f'{name}={value}' for name, value in environment.items())}  ({why}{where})")
     choices = engine_choices(generation.engine, generation.max_model_len, on_gpu, pool.num_gpus, across_nodes)
     return chosen + [f"{name}={value}  ({why})" for name, (value, why) in choices.items()]
+
+
+def _reward_settings(config: Config, pools: dict[str, Pool]) -> list[str]:
+    """What is chosen for the engines of classifiers that vLLM runs, with reasons."""
+    chosen = []
+    for name, reward in config.rewards.items():
+        if reward.kind == "classifier" and reward.engine == "vllm":
+            num_gpus = pools[name].num_gpus
+            choices = scoring_choices(reward.engine_arguments, reward.max_batch_tokens, num_gpus > 0, num_gpus)
+            chosen += [f"{name}: {argument}={value}  ({why})" for argument, (value, why) in choices.items()]
+    return chosen
 
 
 def _fit(

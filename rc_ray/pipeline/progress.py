@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from rc_ray.config import BudgetConfig
 from rc_ray.generation.load import Load
 from rc_ray.pipeline.attempts import AttemptBook
 from rc_ray.pipeline.budget import exhausted
+from rc_ray.rewards.figures import Scoring, scoring_line
 
 FLUSH_INTERVAL_S = 1.0
 
@@ -57,6 +59,15 @@ class StageProgress:
         return "  ".join(parts)
 
 
+@dataclass
+class ScorerProgress:
+    """One objective's actors in a stage. An actor that Ray starts again keeps its name, so the time until then counts as idle."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    busy_s: float = 0.0
+    ready_s: dict[str, float] = field(default_factory=dict)
+
+
 def duration(seconds: float) -> str:
     """`1m 20s`."""
     whole = round(seconds)
@@ -75,10 +86,15 @@ class ProgressBoard(AttemptBook):
         self._stages: dict[str, StageProgress] = {}
         self._errors: dict[str, str] = {}
         self._bound: tuple[BudgetConfig, str, str, int, int] | None = None
+        self._max_loaded: int | None = None
+        self._loaded: set[int] = set()
+        self._finished = ""
         self._max_unscored: int | None = None
         self._unscored: set[int] = set()
         self._max_scoring: int | None = None
         self._scoring: set[int] = set()
+        self._scorers: dict[str, dict[str, ScorerProgress]] = {}
+        self._scored_s: dict[str, float] = {}
 
     def begin(self, name: str, unit: str, total: int, resumed: int = 0) -> None:
         """Opens a stage of which `resumed` units were done before."""
@@ -101,6 +117,22 @@ class ProgressBoard(AttemptBook):
         if stage is not None:
             stage.load += load
 
+    def add_scoring(self, name: str, objective: str, actor: str, counts: dict[str, int], busy_s: float) -> None:
+        """Adds what an actor's reward did; the actor's time counts from the first call on."""
+        self._scored_s[name] = time.monotonic()
+        scorer = self._scorers.setdefault(name, {}).setdefault(objective, ScorerProgress())
+        scorer.ready_s.setdefault(actor, self._scored_s[name])
+        scorer.counts.update(counts)
+        scorer.busy_s += busy_s
+
+    def scoring(self, name: str) -> dict[str, Scoring]:
+        """What the actors of each objective have done in a stage."""
+        end_s = self._scored_s.get(name, 0.0)
+        return {
+            objective: Scoring(dict(s.counts), s.busy_s, sum(end_s - ready_s for ready_s in s.ready_s.values()), len(s.ready_s))
+            for objective, s in self._scorers.get(name, {}).items()
+        }
+
     def ready(self, name: str) -> None:
         """A worker has loaded and waits for work; the first one starts the stage's clock."""
         stage = self._stages.get(name)
@@ -110,6 +142,8 @@ class ProgressBoard(AttemptBook):
     def committed(self, name: str, chunk: int, paired: int | None) -> None:
         """A stage has committed a chunk, in which so many prompts have a pair; None: not all rewards are there."""
         self._scoring.discard(chunk)
+        if name == self._finished:
+            self._loaded.discard(chunk)
         if paired is None:
             return
         self._unscored.discard(chunk)
@@ -120,6 +154,20 @@ class ProgressBoard(AttemptBook):
     def bound(self, budget: BudgetConfig | None, sample_stage: str, score_stage: str, paired: int, tokens: int) -> None:
         """Sets what ends the sampling of a stage, and how much of it was used before; None: nothing does."""
         self._bound = None if budget is None else (budget, sample_stage, score_stage, paired, tokens)
+
+    def hold_loading(self, max_loaded: int, finished: str) -> None:
+        """From now on, at most so many chunks may be between their loading and their commit by the stage `finished`: the memory they take does not
+        grow with the prompts."""
+        self._max_loaded, self._finished = max_loaded, finished
+        self._loaded.clear()
+
+    def may_load(self, chunk: int) -> bool | None:
+        """Whether a chunk may be loaded; None: not yet, ask again."""
+        waits = self._max_loaded is not None and chunk not in self._loaded and len(self._loaded) >= self._max_loaded
+        if waits and self.sampling_ended() is None:  # after the end, chunks pass without a commit
+            return None
+        self._loaded.add(chunk)
+        return True
 
     def hold_sampling(self, max_unscored: int | None) -> None:
         """From now on, at most so many chunks may be sampled ahead of their rewards while `target_pairs` counts; None: any number."""
@@ -166,8 +214,23 @@ class ProgressBoard(AttemptBook):
         return dict(self._stages), dict(self._errors)
 
     def lines(self) -> dict[str, str]:
-        """The current line of every stage."""
-        return {name: stage.line() for name, stage in self._stages.items()}
+        """The current line of every stage, and of every objective that has been scored in it."""
+        shown = {}
+        for name, stage in self._stages.items():
+            shown[name] = stage.line()
+            for objective, scoring in self.scoring(name).items():
+                if scoring.busy_s:
+                    shown[f"{name} {objective}"] = f"{name:<9} {scoring_line(objective, scoring.summary())}"
+        return shown
+
+
+def ask_board(method: Any, chunk: int) -> bool:
+    """The board's answer about a chunk; waits while it has none."""
+    import ray
+
+    while (answer := ray.get(method.remote(chunk))) is None:
+        time.sleep(0.2)
+    return bool(answer)
 
 
 class Reporter:
@@ -198,21 +261,22 @@ class Reporter:
         if self._board is not None and load.engine_s:
             self._board.add_load.remote(self._stage, load)
 
+    def scored(self, objective: str, counts: dict[str, int], busy_s: float) -> None:
+        """Sends what this actor's reward has done since the last call; the first one, with nothing, says that it is ready."""
+        if self._board is not None:
+            import ray
+
+            actor = ray.get_runtime_context().get_actor_id()
+            self._board.add_scoring.remote(self._stage, objective, actor, counts, busy_s)
+
     def may_sample(self, chunk: int) -> bool:
         """Whether the budget has room for a chunk; waits while that depends on chunks whose rewards are still to come."""
-        return self._board is None or self._answer(self._board.may_sample, chunk)
+        return self._board is None or ask_board(self._board.may_sample, chunk)
 
     def may_score(self, chunk: int) -> None:
         """Waits until few enough chunks are between their first reward and their commit."""
         if self._board is not None:
-            self._answer(self._board.may_score, chunk)
-
-    def _answer(self, method: Any, chunk: int) -> bool:
-        import ray
-
-        while (answer := ray.get(method.remote(chunk))) is None:
-            time.sleep(0.2)
-        return bool(answer)
+            ask_board(self._board.may_score, chunk)
 
     def error(self, text: str, leaving: bool = False) -> None:
         """Sends an error at once; waits until it is there when this process is about to end."""

@@ -30,6 +30,7 @@ from rc_ray.pipeline.fork import fork
 from rc_ray.pipeline.pilot import pilot_lines
 from rc_ray.pipeline.plan import make_plan
 from rc_ray.pipeline.progress import duration
+from rc_ray.rewards.figures import remarks, scoring_line
 
 ConfigSource = str | Path | Mapping[str, Any] | Config
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -69,6 +70,8 @@ class RunResult:
         shown += [f"    {count:6d}  {reason}" for reason, count in sorted(identity["drops"].items(), key=lambda i: -i[1])]
         if "group_p50_s" in self.metrics["sampling"]:
             shown.append(f"engines        {load_line(self.metrics['sampling'])}")
+        for name, summary in self.metrics.get("scoring", {}).items():
+            shown += [f"rewards        {line}" for line in (scoring_line(name, summary), *remarks(name, summary))]
         if "evaluation" in self.metrics:
             shown += ["rewards before and after training", *("  " + line for line in comparison(self.metrics).lines())]
         if "pilot" in self.metrics:

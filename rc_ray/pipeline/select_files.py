@@ -12,14 +12,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
+from pydantic import ValidationError
 
 from rc_ray.config import SelectionConfig, differences, load_config
 from rc_ray.core.groups import reward_columns
-from rc_ray.core.measure import Fitted, Summary, fit
-from rc_ray.core.selection import needs_fit, select_pairs, selection_objectives, summarize
+from rc_ray.core.measure import Fitted, Summary, fit, num_sampled_groups
+from rc_ray.core.selection import needs_fit, select_pairs, summarize, without_fit
 from rc_ray.core.selection_report import ReportBuilder, SelectionReport, lacks_scale, scale_only
 from rc_ray.errors import DataError, ResumeError
 from rc_ray.ledger import rundir
@@ -68,15 +70,15 @@ def _select_files(
     known = _manifest(folder)
     looked: list[Summary] = []
     source = ScoredSource.open(path, None if known else lambda table: _look(table, config, looked))
-    columns = reward_columns(source.schema)
-    objectives = selection_objectives(config, columns)
+    unknown = without_fit(config, reward_columns(source.schema))
     wanted = {"format": FORMAT, "input": source.identity(), "selection": config.model_dump(mode="json")}
     if known is None:
         # Options and columns are checked on the first rows, before anything is written.
-        select_pairs(next(source.tables(16)), config, _stand_in(config, columns, objectives))
+        select_pairs(next(source.tables(16)), config, unknown)
         known = {**wanted, "fitted": _fit(source, config, looked).as_dict(), "rows_per_chunk": source.rows_per_table}
         folder.write_json(MANIFEST, known)
-    changed = differences({key: known.get(key) for key in wanted}, json.loads(json.dumps(wanted)))
+    given = {key: known.get(key) for key in wanted}
+    changed = differences({**given, "selection": _with_defaults(given["selection"])}, json.loads(json.dumps(wanted)))
     if changed:
         raise ResumeError(
             f"--output = {folder.uri!r}: it was begun with another input or other options ({'; '.join(changed)}); give another folder, or put them back"
@@ -106,25 +108,34 @@ def _manifest(folder: Folder) -> dict[str, Any] | None:
     return None
 
 
-def _look(table: pa.Table, config: SelectionConfig, summaries: list[Summary]) -> None:
+def _with_defaults(selection: Any) -> Any:
+    """Recorded options, among which those that were added since count with their defaults."""
+    try:
+        return SelectionConfig.model_validate(selection).model_dump(mode="json")
+    except ValidationError:
+        return selection
+
+
+def _look(table: pa.Table, config: SelectionConfig, summaries: list[Summary], fitted: Fitted | None = None) -> None:
     if not needs_fit(config):
         return
-    summary = summarize(table, config)
+    summary = summarize(table, config, fitted)
     summaries[:] = [summaries[0] + summary] if summaries else [summary]
+
+
+def _measure(source: ScoredSource, config: SelectionConfig, fitted: Fitted | None = None) -> Summary:
+    """One pass over the rewards, and over prompts where these say which groups are sampled."""
+    summaries: list[Summary] = []
+    for table in source.tables(source.rows_per_table, rewards_only=fitted is not None or not num_sampled_groups(config)):
+        _look(table, config, summaries, fitted)
+    return summaries[0]
 
 
 def _fit(source: ScoredSource, config: SelectionConfig, looked: list[Summary]) -> Fitted:
     if not needs_fit(config):
         return Fitted()
-    if not source.parses_once:
-        looked.clear()
-        for table in source.tables(source.rows_per_table, rewards_only=True):
-            _look(table, config, looked)
-    return fit(looked[0], config)
-
-
-def _stand_in(config: SelectionConfig, columns: list[str], objectives: list[str]) -> Fitted:
-    return Fitted(dict.fromkeys(columns, 1.0), dict.fromkeys(objectives, 1.0) if config.strategy == "map" else None)
+    summary = looked[0] if source.parses_once and looked else _measure(source, config)
+    return fit(summary, config, partial(_measure, source, config))
 
 
 def _select(
@@ -188,10 +199,7 @@ def _build(
     source: ScoredSource, config: SelectionConfig, fitted: Fitted, size: int, sizes: list[int] | None = None
 ) -> SelectionReport:
     if lacks_scale(config, fitted):
-        measured: list[Summary] = []
-        for table in source.tables(size, rewards_only=True):
-            _look(table, scale_only(config), measured)
-        fitted = replace(fitted, scale=fit(measured[0], scale_only(config)).scale)
+        fitted = replace(fitted, scale=_fit(source, scale_only(config), []).scale)
     builder = ReportBuilder(config, fitted, sizes)
     for table in source.tables(size):
         builder.add(table)

@@ -6,17 +6,19 @@ work when it is run again, and says so.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rc_ray.config import Config, RewardTrainingConfig
-from rc_ray.core import schemas
+from rc_ray.config import Config, CustomReward, RewardTrainingConfig, RuleReward
 from rc_ray.core.measure import Fitted, Summary, fit
 from rc_ray.core.selection import needs_fit, select_pairs, summarize
 from rc_ray.errors import DataError, ResumeError
@@ -35,6 +37,9 @@ from rc_ray.pipeline.graph import GroupRun, budget_end, resumable, run_groups
 from rc_ray.pipeline.pilot import side_by_side
 from rc_ray.pipeline.plan import Plan
 from rc_ray.pipeline.policies import members_of, model_names, policy_of
+from rc_ray.rewards.code import named_code, read_code
+from rc_ray.rewards.custom import load_class
+from rc_ray.rewards.figures import Scoring, remarks
 from rc_ray.rewards.rule import load_function
 from rc_ray.training.arguments import check_dpo_arguments
 
@@ -55,33 +60,46 @@ class Session:
 
 
 def check(config: Config) -> dict[str, str]:
-    """Checks prompts, models and functions without starting or writing anything; returns the hashes of the data.
+    """Checks prompts, models and the user's code without starting or writing anything; returns the hashes of data and code.
 
     Raises:
         DataError, ModelError, ConfigError, ResumeError: the first thing that is wrong.
     """
     check_engine_arguments(config.generation.engine)
     check_dpo_arguments(config.training.trl)
-    hashes = {PROMPTS: sources.check_source("prompts", config.prompts)}
+    hashes = {PROMPTS: sources.check_source("prompts", config.prompts), **check_rewards(config)}
     if config.evaluation.prompts is not None:
         hashes[EVAL_PROMPTS] = sources.check_source("evaluation.prompts", config.evaluation.prompts)
     rundir.check_owner(config, hashes)
     _check_policies(config)
-    check_rewards(config)
     return hashes
 
 
-def check_rewards(config: Config) -> None:
-    """Checks that reward models and functions are there.
+def check_rewards(config: Config) -> dict[str, str]:
+    """Checks that reward models, functions and classes are there; returns the hashes of the user's code by the field that names it.
 
     Raises:
         ModelError, ConfigError: the first that is not.
     """
+    hashes = {}
     for name, reward in config.rewards.items():
-        for field, (model, revision) in reward.models().items():
-            check_model(f"rewards.{name}.{field}", model, revision)
-        if reward.kind == "rule":
-            load_function(reward.function, reward.args, f"rewards.{name}.function")
+        for field, (model, revision, is_adapter) in reward.models().items():
+            (check_adapter if is_adapter else check_model)(f"rewards.{name}.{field}", model, revision)
+        if reward.kind == "classifier":
+            check_engine_arguments(reward.engine_arguments, f"rewards.{name}.engine_arguments")
+        if reward.kind == "judge":
+            check_engine_arguments(reward.engine_arguments, f"rewards.{name}.engine_arguments")
+        named = named_code(name, reward)
+        if named is None:
+            continue
+        if isinstance(reward, RuleReward):
+            load_function(reward.function, reward.args, named[0])
+        elif isinstance(reward, CustomReward):
+            load_class(reward.class_path, reward.args, named[0])
+        content = read_code(*named)
+        if content is not None:
+            hashes[named[0]] = hashlib.blake2b(content, digest_size=16).hexdigest()
+    return hashes
 
 
 def _check_policies(config: Config) -> None:
@@ -124,8 +142,8 @@ def prepare(config: Config, hashes: dict[str, str], emit: Emit) -> RunDir:
     held_out = config.evaluation.prompts
     if held_out is not None and not ledger.is_finished(EVAL_PROMPTS):
         ids = pa.array(sources.prompt_ids(sources.read_cells("evaluation.prompts", held_out), held_out), pa.string())
-        training_ids = run.prompts.read_all(schemas.PROMPT, ["prompt_id"]).column("prompt_id")
-        shared = frozenset(ids.filter(pc.is_in(ids, training_ids)).to_pylist())
+        training_ids = (table.column("prompt_id") for table in run.prompts.tables(["prompt_id"]))
+        shared = frozenset(each for own in training_ids for each in ids.filter(pc.is_in(ids, own)).to_pylist())
         cells = sources.read_cells("evaluation.prompts", held_out)
         facts = sources.write_chunks(cells, held_out, run.eval_prompts, run.report / "drops", config.cluster.chunk_size, shared)
         ledger.finish(EVAL_PROMPTS, facts)
@@ -137,7 +155,7 @@ def build_models(config: Config, emit: Emit) -> None:
     names = {
         config.model,
         *(m.model for m in members_of(config)),
-        *(model for reward in config.rewards.values() for model, _ in reward.models().values()),
+        *(model for reward in config.rewards.values() for model, *_ in reward.models().values()),
     }
     for name in sorted(n for n in names if n.startswith("embedded:") and not embedded.is_built(n)):
         started = time.monotonic()
@@ -171,7 +189,7 @@ def pin_models(config: Config, run: RunDir) -> None:
     """
     found = {key: model_identity(*named) for key, named in model_names(config).items()}
     for reward in config.rewards.values():
-        found |= {model: model_identity(model, revision) for model, revision in reward.models().values()}
+        found |= {named[0]: model_identity(*named) for named in reward.models().values()}
     recorded = run.manifest().get("models", {})
     changed = [f"{name}: {recorded[name]} -> {value}" for name, value in found.items() if recorded.get(name, value) != value]
     if changed:
@@ -212,11 +230,25 @@ def sample_and_score(
         return None
     assert session is not None
     ended = run_groups(groups, config, session.plan, session.board, sample, score)
-    _record_timing(run, session)
+    _record_timing(run, session, _scoring(config, session, SCORE))
     return ended
 
 
-def _record_timing(run: RunDir, session: Session) -> None:
+def _scoring(config: Config, session: Session, stage: str) -> dict[str, Scoring]:
+    """What the actors of each objective have done in a stage or in its phases, in this session; prints what the user should know of it."""
+    import ray
+
+    found: dict[str, Scoring] = {}
+    for phase in (*(f"{stage}_{name}" for name in config.rewards), stage):
+        found |= ray.get(session.board.scoring.remote(phase))
+    ordered = {name: found[name] for name in config.rewards if name in found}
+    for name, scoring in ordered.items():
+        for line in remarks(name, scoring.summary()):
+            session.emit(f"{stage:<9} {line}")
+    return ordered
+
+
+def _record_timing(run: RunDir, session: Session, scoring: dict[str, Scoring]) -> None:
     """Adds this session's tokens and seconds of sampling and scoring to the manifest, from the first engine that was ready on."""
     import ray
 
@@ -227,12 +259,14 @@ def _record_timing(run: RunDir, session: Session) -> None:
     before = run.manifest().get("timing") or {"tokens": 0, "seconds": 0.0}
     load = counts[SAMPLE].load if SAMPLE in counts else Load()
     pools = {**session.plan.engines, **session.plan.rewards}
+    earlier = {name: Scoring(**recorded) for name, recorded in before.get("scoring", {}).items()}
     run.update_manifest(
         timing={
             "tokens": before["tokens"] + (counts[SAMPLE].tokens if SAMPLE in counts else 0),
             # Reward models are ready while engines are still being loaded, so the first stage's time counts.
             "seconds": before["seconds"] + max(s.updated_s for s in worked) - worked[0].ready_s,
             "load": (Load.from_dict(before["load"]) + load if "load" in before else load).as_dict(),
+            "scoring": {name: vars(earlier.get(name, Scoring()) + scoring.get(name, Scoring())) for name in earlier | scoring},
             "gpus": max(sum(pools[name].total_gpus for name in phase) for phase in session.plan.phases),
         }
     )
@@ -260,10 +294,10 @@ def _policies_of_pairs(groups: pa.Table, pairs: pa.Table) -> dict[str, int]:
     return dict(counts)
 
 
-def summarize_chunk(items: pa.Table, run: RunDir, config: Config) -> pa.Table:
-    """Summary of one chunk's rewards, for the numbers about the whole data."""
+def summarize_chunk(items: pa.Table, run: RunDir, config: Config, fitted: Fitted | None) -> pa.Table:
+    """Summary of one chunk's rewards, for the numbers about the whole data; see `summarize`."""
     (chunk,) = items.column("chunk").to_pylist()
-    summary = summarize(run.candidates.read_table(f"{chunk_name(chunk)}.parquet"), config.selection)
+    summary = summarize(run.candidates.read_table(f"{chunk_name(chunk)}.parquet"), config.selection, fitted)
     return pa.table({"summary": [summary.to_bytes()]})
 
 
@@ -308,18 +342,21 @@ def select(config: Config, run: RunDir, session: Session | None, ended: str | No
     def chunked(chunks: list[int]) -> Any:
         return ray.data.from_items([{"chunk": c} for c in chunks], override_num_blocks=len(chunks))
 
+    def measure(fitted: Fitted | None = None) -> Summary:
+        each = {"run": run, "config": config, "fitted": fitted}
+        summaries = chunked(scored).map_batches(summarize_chunk, fn_kwargs=each, **small)
+        with resumable(SELECT):
+            # Added up as they come: all of them at once would grow with the prompts.
+            return reduce(add, (Summary.from_bytes(row["summary"]) for row in summaries.iter_rows()))
+
     scored = sorted(run.ledger.done(SCORE))
     known = run.manifest().get("selection")
     if known is None or known["chunks"] != len(scored):
         # The numbers about all the data are of all there is now; pairs that an ended budget had selected from less are selected again.
         for chunk in run.ledger.done(SELECT):
             run.ledger.give_back(SELECT, chunk)
-        todo, fitted = scored, Fitted()
-        if needs_fit(config.selection):
-            summaries = chunked(scored).map_batches(summarize_chunk, fn_kwargs={"run": run, "config": config}, **small)
-            with resumable(SELECT):
-                first, *others = (Summary.from_bytes(row["summary"]) for row in summaries.iter_rows())
-            fitted = fit(sum(others, first), config.selection)
+        todo = scored
+        fitted = fit(measure(), config.selection, measure) if needs_fit(config.selection) else Fitted()
         run.update_manifest(selection={**fitted.as_dict(), "chunks": len(scored)})
     else:
         fitted = fitted_of(run)
@@ -341,17 +378,22 @@ def identity(run: RunDir) -> dict[str, Any]:
     facts, selected = run.ledger.facts(PROMPTS), run.ledger.done(SELECT)
     rows, size = facts["rows"], facts["chunk_size"]
     unsampled = sum(min(size, facts["prompts"] - chunk * size) for chunk in range(facts["chunks"]) if chunk not in selected)
-    pairs = run.pairs.read_all(schemas.pair_schema([]), ["prompt_id"])
-    paired = pc.count_distinct(pairs.column("prompt_id")).as_py()
-    drops = run.drops.read_all(schemas.DROP)
-    reasons = dict(Counter(drops.column("reason").to_pylist()))
-    if rows != paired + drops.num_rows + unsampled:
+    # One file after the other: a prompt is in one chunk, and there may be more of them than memory holds.
+    paired = num_pairs = 0
+    for pairs in run.pairs.tables(["prompt_id"]):
+        num_pairs += pairs.num_rows
+        paired += pc.count_distinct(pairs.column("prompt_id")).as_py()
+    reasons: Counter[str] = Counter()
+    for drops in run.drops.tables(["reason"]):
+        reasons.update(drops.column("reason").to_pylist())
+    dropped = reasons.total()
+    if rows != paired + dropped + unsampled:
         raise ResumeError(
-            f"{rows} prompts are not {paired} paired + {drops.num_rows} dropped + {unsampled} not sampled in {run.root.uri!r}; files were "
+            f"{rows} prompts are not {paired} paired + {dropped} dropped + {unsampled} not sampled in {run.root.uri!r}; files were "
             "added or removed by something else; restore them or start a new run directory"
         )
     return {
-        "prompts": rows, "paired": paired, "pairs": pairs.num_rows, "dropped": drops.num_rows, "not_sampled": unsampled, "drops": reasons,
+        "prompts": rows, "paired": paired, "pairs": num_pairs, "dropped": dropped, "not_sampled": unsampled, "drops": dict(reasons),
     }  # fmt: skip
 
 
@@ -380,6 +422,7 @@ def evaluate(config: Config, run: RunDir, session: Session | None) -> None:
         if not is_done(groups[side], groups[side].score_stage):
             assert session is not None
             run_groups(groups[side], config, session.plan, session.board)
+            _scoring(config, session, groups[side].score_stage)
     before, after = (groups[side].groups.read_all() for side in SIDES)
     run.ledger.finish(EVALUATE, compare(before, after, list(config.rewards), config.evaluation, config.seed).as_dict())
 
@@ -412,9 +455,11 @@ def report(config: Config, run: RunDir) -> dict[str, Any]:
         "sampling": _sampling(config, ledger),
         "fingerprint": run.manifest()["fingerprint"],
     }
-    load = (run.manifest().get("timing") or {}).get("load")
-    if load:
-        metrics["sampling"] |= Load.from_dict(load).summary()
+    timing = run.manifest().get("timing") or {}
+    if timing.get("load"):
+        metrics["sampling"] |= Load.from_dict(timing["load"]).summary()
+    if timing.get("scoring"):
+        metrics["scoring"] = {name: Scoring(**recorded).summary() for name, recorded in timing["scoring"].items()}
     if ledger.is_finished(TRAIN):
         metrics["training"] = ledger.facts(TRAIN)
     if ledger.is_finished(EVALUATE):

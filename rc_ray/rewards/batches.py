@@ -6,6 +6,7 @@ every text gets one score; one that is longer than the model's limit, or does no
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -23,8 +24,13 @@ def length_limit(tokenizer: Any, model_config: Any, max_length: int | None = Non
     return min(known) if known else None
 
 
+def too_long(length: int, limit: int | None) -> str | None:
+    """Why a text of so many tokens has no score; None where it fits."""
+    return f"{length} tokens exceed the reward model's limit of {limit}" if limit is not None and length > limit else None
+
+
 class TokenBatches:
-    """The budget of one model.
+    """The budget of one model, and what it has read.
 
     Args:
         max_tokens: padded tokens of a batch; a longer text is a batch of its own.
@@ -33,6 +39,8 @@ class TokenBatches:
 
     def __init__(self, max_tokens: int, limit: int | None) -> None:
         self._max_tokens, self._tokens, self._limit = max_tokens, max_tokens, limit
+        self.counts: Counter[str] = Counter()
+        """See `CountingReward.figures`."""
 
     def score(self, lengths: list[int], forward: Callable[[list[int]], list[float]]) -> list[Score]:
         """The scores of texts.
@@ -46,8 +54,9 @@ class TokenBatches:
         scores: list[Score] = [Score(None)] * len(lengths)
         fitting = []
         for i, length in enumerate(lengths):
-            if self._limit is not None and length > self._limit:
-                scores[i] = Score(None, f"{length} tokens exceed the reward model's limit of {self._limit}")
+            why = too_long(length, self._limit)
+            if why:
+                scores[i] = Score(None, why)
             else:
                 fitting.append(i)
         fitting.sort(key=lambda i: lengths[i])
@@ -65,6 +74,9 @@ class TokenBatches:
                 scores[batch[0]] = Score(None, f"out of memory for {lengths[batch[0]]} tokens by themselves")
             else:
                 self._tokens = min(self._max_tokens, self._tokens + 1 + self._tokens // 4)
+                self.counts["num_texts"] += len(batch)
+                self.counts["num_tokens"] += sum(lengths[i] for i in batch)
+                self.counts["num_padded_tokens"] += len(batch) * lengths[batch[-1]]
                 for i, value in zip(batch, values, strict=True):
                     scores[i] = Score.checked(value)
             start += len(batch)

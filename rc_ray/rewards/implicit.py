@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from rc_ray.config import ImplicitReward
 from rc_ray.core.ids import Message
-from rc_ray.rewards.base import Score, reward_dtype
+from rc_ray.rewards.base import FIGURES, Score, reward_dtype
 from rc_ray.rewards.language_model import LanguageModel
 
 
@@ -37,6 +37,10 @@ class ImplicitRewardModel:
         """See `Reward.score`."""
         found = {side: model.logprobs(prompts, answers) for side, model in self._models.items()}
         return [self._difference(*pair) for pair in zip(found["policy"], found["reference"], strict=True)]
+
+    def figures(self) -> dict[str, int]:
+        """See `CountingReward.figures`; of both models together."""
+        return {name: sum(model.batches.counts[name] for model in self._models.values()) for name in FIGURES}
 
     def _difference(self, policy: Score, reference: Score) -> Score:
         for side, score in (("policy", policy), ("reference", reference)):

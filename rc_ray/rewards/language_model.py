@@ -40,7 +40,7 @@ class LanguageModel:
         self._model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), use_safetensors=True, **options)
         self._model.to(self._device).eval()
         limit = length_limit(self._tokenizer, self._model.config, max_length)
-        self._batches = TokenBatches(max_batch_tokens, limit)
+        self.batches = TokenBatches(max_batch_tokens, limit)
 
     def logprobs(self, prompts: list[list[Message]], answers: list[str]) -> list[Score]:
         """log p(answer | prompt) of each, in nats."""
@@ -58,7 +58,7 @@ class LanguageModel:
 
     def sums(self, texts: list[list[int]], starts: list[int]) -> list[Score]:
         """Sum of the log-probs of the tokens from `starts[i]` to the end of each text, in nats."""
-        return self._batches.score(
+        return self.batches.score(
             [len(text) for text in texts], lambda batch: self._forward([texts[i] for i in batch], [starts[i] for i in batch])
         )
 

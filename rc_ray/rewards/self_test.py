@@ -15,7 +15,7 @@ from rc_ray.errors import ModelError
 from rc_ray.rewards.encoding import encode
 
 if TYPE_CHECKING:
-    from rc_ray.rewards.classifier import ClassifierRewardModel
+    from rc_ray.rewards.classifier import Classifier
 
 PROMPT: list[Message] = [{"role": "user", "content": "How much is two and two?"}]
 ANSWERS = [
@@ -28,7 +28,7 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
 TURN_OFF = "; if this is how it was trained, set `self_test: false` for it"
 
 
-def self_test(model: ClassifierRewardModel, name: str) -> None:
+def self_test(model: Classifier, name: str) -> None:
     """Runs all checks on a loaded model.
 
     Raises:
@@ -40,11 +40,11 @@ def self_test(model: ClassifierRewardModel, name: str) -> None:
             raise ModelError(f"reward model {name!r} failed its self-test: {wrong}")
 
 
-def _ids(model: ClassifierRewardModel, answer: str) -> list[int]:
+def _ids(model: Classifier, answer: str) -> list[int]:
     return encode(model.tokenizer, PROMPT, answer)["input_ids"]
 
 
-def _one_beginning(model: ClassifierRewardModel) -> str | None:
+def _one_beginning(model: Classifier) -> str | None:
     tokenizer = model.tokenizer
     begin = tokenizer.bos_token_id
     if begin is None:
@@ -60,7 +60,7 @@ def _one_beginning(model: ClassifierRewardModel) -> str | None:
     return None
 
 
-def _ends_with_the_answer(model: ClassifierRewardModel) -> str | None:
+def _ends_with_the_answer(model: Classifier) -> str | None:
     tokenizer = model.tokenizer
     first, second = (
         _ids(model, f"This is a somewhat longer answer, which ends with the word {word}") for word in ("red", "blue")
@@ -78,20 +78,20 @@ def _ends_with_the_answer(model: ClassifierRewardModel) -> str | None:
     return None
 
 
-def _padding_is_no_text(model: ClassifierRewardModel) -> str | None:
-    padding = model.model.config.pad_token_id
+def _padding_is_no_text(model: Classifier) -> str | None:
+    padding = model.pad_token_id
     if padding is None or padding not in _ids(model, ANSWERS[0]):
         return None
     token = model.tokenizer.convert_ids_to_tokens(padding)
     return f"its padding token {token!r} also occurs in its texts, so the position it reads is not their end; give it another pad_token{TURN_OFF}"
 
 
-def _same_in_any_company(model: ClassifierRewardModel) -> str | None:
+def _same_in_any_company(model: Classifier) -> str | None:
     def ask(answers: list[str]) -> list[float | None]:
         return [score.value for score in model.score([PROMPT] * len(answers), answers)]
 
     alone = [ask([answer])[0] for answer in ANSWERS]
-    dtype = str(model.model.dtype).removeprefix("torch.")
+    dtype = model.dtype
     for company, values in (("in a padded batch", ask(ANSWERS)), ("in another order", ask(ANSWERS[::-1])[::-1])):
         for one, other in zip(alone, values, strict=True):
             # Longer than the model's limit, or not finite: such scores are missing either way.

@@ -1,12 +1,15 @@
 """Questions to a service over HTTP: JSON out and in, with retries, checked certificates and a token that shows nowhere.
 
-What is transient (a failed connection, a timeout, status 429, 500, 502, 503, 504) is tried again with growing waits, by urllib3.
+What is transient (a failed connection, a timeout, status 429, 500, 502, 503, 504) is tried again with growing waits, by urllib3. Requests
+can be limited per minute, repetitions among them.
 Invariant: a question ends with an answer or with a `ServiceError` that says why; no message holds the token or what the service sent.
 """
 
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -35,6 +38,27 @@ class _Bearer:
         return request
 
 
+class Pace:
+    """Lets requests begin at even distances, from whichever thread they come.
+
+    Args:
+        per_minute: None lets all of them begin at once.
+    """
+
+    def __init__(self, per_minute: float | None) -> None:
+        self._distance_s = 60 / per_minute if per_minute is not None else 0.0
+        self._next_s = 0.0
+        self._lock = threading.Lock()
+
+    def wait(self) -> None:
+        """Returns when the next request may begin."""
+        with self._lock:
+            now = time.monotonic()
+            begin = max(now, self._next_s)
+            self._next_s = begin + self._distance_s
+        time.sleep(begin - now)
+
+
 class Service:
     """One address, asked over several connections.
 
@@ -50,7 +74,9 @@ class Service:
         from requests.adapters import HTTPAdapter
         from urllib3.util import Retry
 
-        self._config = config
+        assert config.url is not None
+        self._config, self.url = config, config.url
+        self._pace = pace = Pace(config.max_requests_per_minute)
         self._session = requests.Session()
         self._session.verify = config.ca_file or True
         if config.token_env is not None:
@@ -61,7 +87,13 @@ class Service:
                     "before Ray is started there"
                 )
             self._session.auth = _Bearer(token)
-        retry = Retry(
+
+        class PacedRetry(Retry):
+            def sleep(self, response: Any = None) -> None:
+                super().sleep(response)
+                pace.wait()
+
+        retry = PacedRetry(
             total=config.max_retries,
             status_forcelist=TRANSIENT,
             allowed_methods=None,  # POST, too: a score may be asked for twice
@@ -82,18 +114,19 @@ class Service:
         import requests
 
         config = self._config
+        self._pace.wait()
         try:
             # Not where another address sends it: that would be a GET, and the token is for this one.
-            response = self._session.post(config.url, json=question, timeout=config.timeout_s, allow_redirects=False)
+            response = self._session.post(self.url, json=question, timeout=config.timeout_s, allow_redirects=False)
         except requests.RequestException as error:
-            raise ServiceError(f"{config.url}: {type(error).__name__}, with {config.max_retries} repetitions") from None
+            raise ServiceError(f"{self.url}: {type(error).__name__}, with {config.max_retries} repetitions") from None
         if response.status_code != 200:
             repeated = f", with {config.max_retries} repetitions" if response.status_code in TRANSIENT else ""
-            raise ServiceError(f"{config.url}: status {response.status_code}{repeated}")
+            raise ServiceError(f"{self.url}: status {response.status_code}{repeated}")
         try:
             return response.json()
         except ValueError:
-            raise ServiceError(f"{config.url}: the answer is no JSON") from None
+            raise ServiceError(f"{self.url}: the answer is no JSON") from None
 
     def map(self, ask: Callable[[T], R], questions: Sequence[T]) -> list[R]:
         """`ask` of every question, over `num_connections` connections, in order."""

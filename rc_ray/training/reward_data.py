@@ -96,8 +96,7 @@ def encode_sets(train: Sets, test: Sets, left_out: Mapping[str, Mapping[str, int
     Args:
         left_out: of each set, rows that were no preference, by reason.
         tokenizer: of the base model.
-        max_length: tokens of prompt and answer; the oldest part of a longer prompt is left out where the model reads prompt and answer as a
-            pair of texts, otherwise the pair is.
+        max_length: tokens of prompt and answer; the oldest part of a longer prompt is left out, and the pair where that is not enough.
 
     Raises:
         DataError: a part of a set is left empty.
@@ -129,24 +128,21 @@ def encode_sets(train: Sets, test: Sets, left_out: Mapping[str, Mapping[str, int
 def _encode(pairs: list[Preference], tokenizer: Any, max_length: int, counts: SetCounts) -> list[dict[str, Any]]:
     rows = []
     for p in pairs:
-        whole = [encode(tokenizer, p.messages, answer) for answer in (p.chosen, p.rejected)]
-        answers = [len(tokenizer(answer)["input_ids"]) for answer in (p.chosen, p.rejected)]
-        over = [len(sides["input_ids"]) > max_length for sides in whole]
-        # Beside an answer there must be room for a token of the prompt and the tokens around it.
-        if max(answers) + 2 > max_length or (tokenizer.chat_template and any(over)):
-            reason = "longer than max_length" if tokenizer.chat_template else "answer longer than max_length"
-            counts.left_out[reason] = counts.left_out.get(reason, 0) + 1
+        try:
+            sides = [encode(tokenizer, p.messages, answer, max_length) for answer in (p.chosen, p.rejected)]
+        except ValueError:  # nothing of the prompt would be left
+            counts.left_out["answer longer than max_length"] = counts.left_out.get("answer longer than max_length", 0) + 1
             continue
-        if any(over):
-            whole = [encode(tokenizer, p.messages, answer, max_length) for answer in (p.chosen, p.rejected)]
-            counts.num_prompts_cut += sum(over)
+        for answer, side in zip((p.chosen, p.rejected), sides, strict=True):
+            if len(side["input_ids"]) == max_length:
+                counts.num_prompts_cut += len(encode(tokenizer, p.messages, answer)["input_ids"]) > max_length
         rows.append(
             {
                 "prompt_id": prompt_id(p.messages),
-                "chosen": whole[0],
-                "rejected": whole[1],
+                "chosen": sides[0],
+                "rejected": sides[1],
                 "margin": p.margin,
-                "length": max(len(sides["input_ids"]) for sides in whole),
+                "length": max(len(side["input_ids"]) for side in sides),
             }
         )
     return rows

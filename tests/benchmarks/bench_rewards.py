@@ -7,9 +7,13 @@ on all cores. Competitors take turns in one process; a ratio is of one round, an
 and highest.
 
 rc_ray        answers sorted by length, batches under a budget of padded tokens, tokenizing included.
+vllm          the same with `engine: vllm`, in a process of its own.
 row by row    the `text-classification` pipeline of transformers, one text after the other.
 arrival       batches of 32 in the order of arrival, padded to the longest, as peers do.
 ideal         a bound: as many tokens in texts of one length, so that nothing is padded, ready as token ids; the network alone.
+
+The two engines are compared on prompts of many lengths, whose answers vLLM reads from where they differ on. Causal models only: MiniLM looks
+both ways, so nothing of it can be shared.
 
 Exit status 1 when a bar is missed; with --quick, which runs everything on small data, only when rewards differ from the row-by-row ones.
 """
@@ -23,6 +27,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +73,15 @@ WORDS = [
     "what",
 ]
 PROMPT = [{"role": "user", "content": "Please say something about words, and take your time."}]
+# Tokens of a prompt where engines are compared, and answers to each.
+PROMPT_LENGTHS, NUM_ANSWERS = (20, 250), 8
 Ask = Callable[[], list[float]]
 
 
-def answers_of(tokenizer: Any, lengths: tuple[int, int], number: int) -> list[str]:
+VLLM: list[Any] = []
+
+
+def texts_of(tokenizer: Any, lengths: tuple[int, int], number: int) -> list[str]:
     """Random words, of about as many tokens as asked for."""
     draw = random.Random(0)
     sample = " ".join(WORDS)
@@ -128,19 +139,70 @@ def padding(model: Any, answers: list[str]) -> tuple[float, float]:
     """Share of padded tokens that are padding: here, and in batches of 32 in the order of arrival."""
     from rc_ray.rewards.encoding import encode
 
-    forward, batches = model._forward, []
-
-    def counted(encoded: list[dict[str, list[int]]]) -> list[float]:
-        batches.append([len(each["input_ids"]) for each in encoded])
-        return list(forward(encoded))
-
-    model._forward = counted
+    before = model.figures()
     model.score([PROMPT] * len(answers), answers)
-    model._forward = forward
+    real, padded = (model.figures()[name] - before[name] for name in ("num_tokens", "num_padded_tokens"))
     lengths = [len(encode(model.tokenizer, PROMPT, answer)["input_ids"]) for answer in answers]
     arrival = [lengths[start : start + 32] for start in range(0, len(lengths), 32)]
-    ours, theirs = (1 - sum(lengths) / sum(len(b) * max(b) for b in each) for each in (batches, arrival))
-    return ours, theirs
+    return 1 - real / padded, 1 - sum(lengths) / sum(len(b) * max(b) for b in arrival)
+
+
+def in_vllm(path: str, prompts: list[Any], answers: list[str]) -> tuple[list[float], float, dict[str, int]]:
+    """Rewards, seconds and figures; the engine is loaded by the first call."""
+    from rc_ray.config import ClassifierReward
+    from rc_ray.rewards.base import build_reward
+
+    if not VLLM:
+        config = ClassifierReward(kind="classifier", model=path, dtype="float32", engine="vllm")
+        VLLM.append(build_reward(config, on_gpu=False, num_threads=os.cpu_count() or 1))
+    before, start = VLLM[0].figures(), time.perf_counter()
+    scores = VLLM[0].score(prompts, answers)
+    seconds = time.perf_counter() - start
+    return [s.value for s in scores], seconds, {k: n - before[k] for k, n in VLLM[0].figures().items()}
+
+
+def engines(results: Any, name: str, path: str, model: Any, rounds: int) -> bool:
+    """Compares the engines; returns whether rewards are equal to those row by row."""
+    import torch
+
+    from rc_ray.rewards.encoding import encode
+
+    number = 4 if results.quick else 24
+    draws = range(
+        rounds + 1
+    )  # other texts in each round, so that nothing is cached from the one before; the first one warms up
+    contents = texts_of(model.tokenizer, PROMPT_LENGTHS, number * len(draws))
+    answers = texts_of(model.tokenizer, LENGTHS["mixed"], number * NUM_ANSWERS)
+    seconds: dict[str, list[float]] = {"rc_ray": [], "vllm": []}
+    worst, figures = {"rc_ray": 0.0, "vllm": 0.0}, {}
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        for draw in draws:
+            prompts = [
+                [{"role": "user", "content": content}]
+                for content in contents[draw * number : (draw + 1) * number]
+                for _ in range(NUM_ANSWERS)
+            ]
+            start = time.perf_counter()
+            ours = [score.value for score in model.score(prompts, answers)]
+            took = time.perf_counter() - start
+            theirs, in_engine, figures = process.submit(in_vllm, path, prompts, answers).result()
+            with torch.inference_mode():
+                for prompt, answer, *both in zip(prompts, answers, ours, theirs, strict=True):
+                    inputs = {key: torch.tensor([value]) for key, value in encode(model.tokenizer, prompt, answer).items()}
+                    alone = model.model(**inputs).logits[0, 0].item()
+                    for who, value in zip(worst, both, strict=True):
+                        worst[who] = max(worst[who], abs(value - alone))
+            if draw:
+                seconds["rc_ray"].append(took)
+                seconds["vllm"].append(in_engine)
+    results.numbers[f"{name}, engines"] = {**seconds, "figures": figures}
+    share = figures["num_cached_tokens"] / figures["num_tokens"]
+    print(f"\n{name}: {NUM_ANSWERS} answers to each of {number} prompts, {figures['num_tokens']} tokens")
+    print(f"      vllm takes {share:.1%} of the tokens from the prefix cache")
+    print(f"      vllm is faster than transformers by {spread(ratios(seconds['rc_ray'], seconds['vllm']))}")
+    for who, value in worst.items():
+        results.bar(value <= 1e-4, f"{name}, {who}: rewards equal those of the plain network row by row to 1e-4: {value:.1e}")
+    return max(worst.values()) <= 1e-4
 
 
 def main() -> int:
@@ -156,7 +218,7 @@ def main() -> int:
             config = ClassifierReward(kind="classifier", model=str(path), dtype="float32")
             model = ClassifierRewardModel(config, on_gpu=False, num_threads=os.cpu_count() or 1)
             for case, lengths in LENGTHS.items():
-                answers = answers_of(model.tokenizer, lengths, 48 if options.quick else 256)
+                answers = texts_of(model.tokenizer, lengths, 48 if options.quick else 256)
                 seconds: dict[str, list[float]] = {}
                 rewards: dict[str, list[float]] = {}
                 asked = competitors(model, answers)
@@ -181,6 +243,7 @@ def main() -> int:
                     results.bar(
                         statistics.median(against[who]) > 1, f"{name}, {case}: faster than {who}: {spread(against[who])}"
                     )
+            wrong += [] if engines(results, name, str(path), model, rounds) else [f"{name}, engines"]
     return results.finish("bench_rewards", output) or int(bool(wrong))
 
 

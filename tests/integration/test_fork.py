@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import rc_ray
-from rc_ray.config import SelectionConfig
-from rc_ray.core.selection import select_pairs
+from rc_ray.config import SelectionConfig, load_config
+from rc_ray.core.selection import fit_selection, select_pairs
+from rc_ray.errors import ResumeError
 from rc_ray.ledger import rundir
 from tests.conftest import FinishedRun, sampling_counts
 
@@ -45,6 +46,26 @@ def test_another_selection_samples_and_scores_nothing(finished_run: FinishedRun,
     for column in ("prompt_id", "chosen_index", "rejected_index", "gap"):
         assert found.column(column).to_pylist() == expected.column(column).to_pylist()
     assert rundir.open_existing(str(folder)).manifest()["forked_from"]["run"] == str(finished_run.folder)
+
+
+def test_transforms_are_fitted_to_all_chunks_and_kept(finished_run: FinishedRun, tmp_path: Path) -> None:
+    options = {
+        "transforms": {"helpful": {"kind": "zscore", "clip": [-2.0, 2.0]}, "length": {"kind": "quantile"}},
+        "ensembles": {"good": {"members": ["helpful", "harmless"], "combine": "mean"}},
+    }
+    folder, lines = forked(finished_run, tmp_path / "values", selection=options)
+    assert "rc_ray    to do: select" in lines
+    config = load_config(folder / "config.yaml").selection
+    table = pq.read_table(folder / "candidates")
+    expected = select_pairs(table, config).pairs.sort_by("prompt_id")
+    found = pq.read_table(folder / "pairs").sort_by("prompt_id")
+    assert found.num_rows > 5
+    for column in ("prompt_id", "chosen_index", "rejected_index", "gap", "rewards_chosen"):
+        assert found.column(column).to_pylist() == expected.column(column).to_pylist()
+    kept = rundir.open_existing(str(folder)).manifest()["selection"]
+    assert fit_selection([table], config).as_dict() == {key: value for key, value in kept.items() if key != "chunks"}
+    with pytest.raises(ResumeError, match=r"selection\.transforms\.length\.kind: 'quantile' -> 'lsc'"):
+        rc_ray.run(str(folder / "config.yaml"), overrides=["selection.transforms.length.kind=lsc"])
 
 
 def test_another_reward_is_scored_alone(finished_run: FinishedRun, tmp_path: Path) -> None:

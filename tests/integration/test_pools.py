@@ -1,6 +1,7 @@
-"""Pools as Ray really runs them: one that grows with its work, and engines over several nodes in their placement groups.
+"""Pools as Ray really runs them: one that grows with its work, engines over several nodes in their placement groups, and one pool after the
+other where there is no room for more.
 
-A stand-in takes the place of the engine, which here has neither GPUs nor time to spare; the graph around it is the real one.
+Except for the last, a stand-in takes the place of the engine, which here has neither GPUs nor time to spare; the graph around it is the real one.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ import copy
 import json
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+import rc_ray
 from rc_ray.config import Config, load_config
 from rc_ray.core import schemas
 from rc_ray.pipeline import actors
@@ -21,6 +25,7 @@ from rc_ray.pipeline.graph import attach_generation
 from rc_ray.pipeline.plan import Plan, make_plan
 from rc_ray.pipeline.policies import policy_of
 from rc_ray.pipeline.watchdog import operators
+from rc_ray.rewards.base import build_reward
 
 
 def free_ports(number: int) -> list[int]:
@@ -202,3 +207,65 @@ def test_blocks_go_to_the_engine_with_the_fewest_wherever_they_lie(
     nodes = list(found.values())
     assert sorted(nodes.count(node) for node in set(nodes)) == [2, 2]
     assert DataContext.get_current().execution_options.actor_locality_enabled
+
+
+@pytest.fixture
+def room_for_one() -> Iterator[Any]:
+    """A cluster on which one of the pools of `crowded` fits."""
+    import ray
+
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
+def crowded(tiny_config: dict[str, Any], **rewards: Any) -> Config:
+    """An engine and these rewards, each of which takes more than half of that cluster."""
+    raw = copy.deepcopy(tiny_config) | {"output": "not used", "prompts": {"path": "not used"}, "rewards": rewards}
+    for section in (raw["generation"], *rewards.values()):
+        section["pool"] = {"num_cpus": 0.6}
+    config = load_config(raw)
+    assert make_plan(config, cpus=1, gpus=0).phases == [["generation"], *([name] for name in rewards)]
+    return config
+
+
+def test_a_dataset_is_scored_by_one_pool_after_the_other_where_there_is_room_for_one(
+    tiny_config: dict[str, Any], room_for_one: Any, tmp_path: Path
+) -> None:
+    config = crowded(tiny_config, **copy.deepcopy(tiny_config["rewards"]))
+    answers = [["hello " * (i + 1), f"fine {i}"] for i in range(6)]
+    blocks = prompts(6)
+    for i, block in enumerate(blocks):
+        (row,) = block.to_pylist()
+        blocks[i] = pa.Table.from_pylist([{**row, "candidates": [candidate(a) for a in answers[i]]}], schema=schemas.GROUP)
+    (tmp_path / "groups").mkdir()
+    pq.write_table(pa.concat_tables(blocks), tmp_path / "groups" / "0.parquet")
+    messages = [block.to_pylist()[0]["prompt"] for block in blocks]
+    expected = {
+        name: [
+            [s.value for s in build_reward(reward, False, 1).score([m] * 2, a)] for m, a in zip(messages, answers, strict=True)
+        ]
+        for name, reward in config.rewards.items()
+    }
+    for number, source in enumerate((str(tmp_path / "groups"), room_for_one.data.from_arrow(blocks))):
+        # Writing, too, finds room: no pool is left.
+        rc_ray.score(config, source).write_parquet(str(tmp_path / f"scored{number}"))
+        scored = pq.read_table(tmp_path / f"scored{number}").sort_by("prompt_id").to_pylist()
+        assert len(scored) == 6
+        for i, row in enumerate(scored):
+            for name, values in expected.items():
+                assert row[f"reward.{name}"] == pytest.approx(values[i], abs=1e-5)
+
+
+def test_sampling_and_evaluation_go_in_phases_as_a_run_does(
+    tiny_config: dict[str, Any], room_for_one: Any, tiny_policy: Path
+) -> None:
+    rule = {"kind": "rule", "function": "rc_ray.rewards.rules:length_near"}
+    config = crowded(tiny_config, **{name: {**rule, "args": {"target_words": n}} for n, name in enumerate("abc")})
+    sampled = rc_ray.sample(config, room_for_one.data.from_items([{"prompt": q} for q in ("hello", "world")]))
+    rows = rc_ray.score(config, sampled).take_all()
+    assert [len(row[f"reward.{name}"]) for row in rows for name in config.rewards] == [6] * 6
+    # The policy against itself.
+    found = rc_ray.evaluate(config, str(tiny_policy))
+    assert found["num_prompts"] == 6
+    assert [o["difference"]["mean"] for o in found["objectives"].values()] == pytest.approx([0, 0, 0], abs=1e-5)

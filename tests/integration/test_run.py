@@ -15,6 +15,7 @@ import pytest
 
 import rc_ray
 from rc_ray.core.ids import candidate_seed
+from rc_ray.rewards.encoding import encode
 from tests.conftest import FinishedRun
 
 
@@ -140,6 +141,30 @@ def test_progress_shows_every_stage(finished_run: FinishedRun) -> None:
         assert any(line.startswith(stage) and "100 %" in line for line in finished_run.lines), stage
     assert "tok/s" in text
     assert "38 prompts = " in text
+
+
+def test_what_reward_actors_did_is_counted_and_shown(finished_run: FinishedRun, tiny_rewards: dict[str, Path]) -> None:
+    from transformers import AutoTokenizer
+
+    scoring = finished_run.result.metrics["scoring"]
+    assert set(scoring) == {"helpful", "harmless", "length"}
+    groups = [g for g in rows(finished_run.folder / "candidates") if g["failure"] is None]
+    for name, folder in tiny_rewards.items():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        texts = [(g["prompt"], c["text"]) for g in groups for c in g["candidates"]]
+        tokens = sum(len(encode(tokenizer, prompt, answer)["input_ids"]) for prompt, answer in texts)
+        found = scoring[name]
+        assert (found["num_texts"], found["num_tokens"], found["num_actors"]) == (30 * 6, tokens, 1)
+        assert 0 <= found["padding_share"] == round(1 - tokens / found["num_padded_tokens"], 4) < 0.5
+        assert found["tokens_per_s"] > 0
+        assert 0 < found["busy_share"] <= 1
+        for stage in ("score", "score_after"):
+            line = next(line for line in finished_run.lines if line.startswith(f"{stage:<9} {name}: "))
+            assert all(words in line for words in ("tok/s while scoring", "% padding", "1 actor(s)", "% busy"))
+    assert set(scoring["length"]) == {"num_actors", "busy_share"}
+    assert sum(line.startswith("rewards        ") for line in finished_run.lines) == 3
+    html = (finished_run.folder / "report" / "index.html").read_text()
+    assert f"<td>{scoring['helpful']['tokens_per_s']}</td>" in html
 
 
 def test_report_card_and_manifest_are_there(finished_run: FinishedRun) -> None:

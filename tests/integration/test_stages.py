@@ -7,12 +7,16 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 import rc_ray
 from rc_ray.cli import main
+from rc_ray.config import SelectionConfig
+from rc_ray.core.selection import select_pairs
 from tests.conftest import FinishedRun
+from tests.unit.selection_reference import group_table, numbered_groups
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +64,33 @@ def test_three_actors_and_other_chunks_in_another_order_give_the_same_candidates
 def test_datasets_in_datasets_out(tiny_config: dict[str, Any], ray_session: Any) -> None:
     config = copy.deepcopy(tiny_config) | {"prompts": {"path": "not used", "column": "question"}, "output": "not used"}
     prompts = ray_session.data.from_items([{"question": q} for q in ("hello", "world", "hello", "")])
-    groups = rc_ray.score(config, rc_ray.sample(config, prompts)).materialize()
+    groups = rc_ray.score(config, rc_ray.sample(config, prompts))
+    assert not isinstance(groups, ray_session.data.dataset.MaterializedDataset)  # there is room for all pools at once
+    groups = groups.materialize()
     rows = groups.take_all()
     assert sorted(str(r["failure"]) for r in rows) == ["None", "None", "duplicate_prompt", "empty_prompt"]
     assert all(len(r["candidates"]) == len(r["reward.helpful"]) == 6 for r in rows if r["failure"] is None)
     pairs, drops = rc_ray.select(config, groups)
     assert pairs.count() + drops.count() == 4
     assert {"duplicate_prompt", "empty_prompt"} <= {r["reason"] for r in drops.take_all()}
+
+
+def test_transforms_are_fitted_to_the_whole_dataset(ray_session: Any) -> None:
+    rewards = np.random.default_rng(0).normal(size=(60, 4, 3)).astype(np.float32)
+    table = group_table(numbered_groups(rewards.tolist()), ["helpful", "harmless", "length"])
+    transforms = {"helpful": {"kind": "zscore", "clip": [-1, 1]}, "harmless": {"kind": "quantile"}, "length": {"kind": "lsc"}}
+    rule = {"kind": "rule", "function": "rc_ray.rewards.rules:length_near"}
+    config = {
+        "model": "not used", "output": "not used", "prompts": {"path": "not used"},
+        "rewards": dict.fromkeys(transforms, rule), "selection": {"transforms": transforms},
+    }  # fmt: skip
+    parts = ray_session.data.from_arrow([table.slice(0, 13), table.slice(13, 1), table.slice(14)])
+    pairs, drops = rc_ray.select(config, parts)
+    expected = select_pairs(table, SelectionConfig(transforms=transforms)).pairs.sort_by("prompt_id")
+    rows = sorted(pairs.take_all(), key=lambda row: row["prompt_id"])
+    assert len(rows) + drops.count() == 60
+    for column in ("prompt_id", "chosen_index", "rejected_index", "gap"):
+        assert [row[column] for row in rows] == expected.column(column).to_pylist()
 
 
 def test_command_line_stages_on_files(

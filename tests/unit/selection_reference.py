@@ -8,13 +8,15 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from decimal import Decimal, localcontext
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
-from rc_ray.config import SelectionConfig
+from rc_ray.config import SelectionConfig, TransformConfig
 
 Number = float | None
 
@@ -166,8 +168,9 @@ class _Search:
         columns: Sequence[str],
         scale: dict[str, float] | None,
         lambdas: dict[str, float] | None,
+        derived: bool,
     ) -> None:
-        self.group, self.config = group, config
+        self.group, self.config, self.derived = group, config, derived
         self.answers, self.all = group.answers, range(len(group.answers))
         ensembles = {name: ensemble.members for name, ensemble in config.ensembles.items()}
         in_one = [column for members in ensembles.values() for column in members]
@@ -218,7 +221,7 @@ class _Search:
         total = 0.0
         for column in members:
             total += self.rewards[column][i] / self.scale[column]
-        return _float32(total / len(members))
+        return total / len(members) if self.derived else _float32(total / len(members))
 
     def _score(self, i: int) -> float:
         gap = self.config.gap
@@ -380,6 +383,7 @@ def select(
     columns: Sequence[str],
     scale: dict[str, float] | None = None,
     lambdas: dict[str, float] | None = None,
+    derived: bool = False,
 ) -> Outcome:
     """What becomes of a group.
 
@@ -388,10 +392,94 @@ def select(
         columns: names of the rewards of each answer.
         scale: of the data, per column, where the configuration measures it.
         lambdas: MAP's weight per objective.
+        derived: whether the rewards are those of `transformed`, which are not float32.
     """
-    search = _Search(group, config, columns, scale, lambdas)
+    search = _Search(group, config, columns, scale, lambdas, derived)
     reason = search.unusable()
     if reason is not None:
         return Outcome(reason=reason)
     search.prepare()
     return search.run()
+
+
+def _finite(value: Number) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _moments(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation of the population, correctly rounded; a deviation of 0 counts as 1."""
+    exact = [Fraction(value) for value in values]
+    mean = sum(exact) / len(exact)
+    variance = sum((value - mean) ** 2 for value in exact) / len(exact)
+    with localcontext(prec=1000):
+        deviation = (Decimal(variance.numerator) / Decimal(variance.denominator)).sqrt()
+    return float(mean), float(deviation) if variance else 1.0
+
+
+def transformed_value(r: float, transform: TransformConfig, everywhere: Sequence[float], sample: Sequence[float]) -> float:
+    """One reward after its transform; all rewards of its column, and those of groups that lack no reward."""
+    value = r
+    if transform.kind == "zscore":
+        mean, spread = _moments(everywhere)
+        value = (r - mean) / spread
+    elif transform.kind == "lsc":
+        x = r - (np.quantile(sample, transform.reference_quantile) if transform.reference is None else transform.reference)
+        value = min(x, 0.0) - math.log1p(math.exp(-abs(x)))
+    elif transform.kind == "quantile":
+        value = (sum(s < r for s in sample) + sum(s <= r for s in sample)) / 2 / len(sample)
+    low, high = transform.clip or (None, None)
+    value = value if low is None else max(value, low)
+    return float(value if high is None else min(value, high))
+
+
+def transformed(
+    groups: Sequence[Group], config: SelectionConfig, columns: Sequence[str]
+) -> tuple[list[Group], SelectionConfig, list[str]]:
+    """Groups with what is compared as their rewards, the configuration without what led there, and the names of these rewards."""
+    objectives = config.objective_names(columns)
+    used = [columns.index(name) for name in config.columns_of(objectives)]
+    whole = [g for g in groups if g.answers and all(_finite(a.rewards[m]) for a in g.answers for m in used)]
+
+    def after(m: int, r: Number) -> Number:
+        transform = config.transforms.get(columns[m])
+        if r is None or not math.isfinite(r) or transform is None:
+            return r
+        everywhere = [v for g in groups for a in g.answers if (v := a.rewards[m]) is not None and math.isfinite(v)]
+        sample = [v for g in whole for a in g.answers if (v := a.rewards[m]) is not None]
+        return transformed_value(r, transform, everywhere, sample) if sample else r
+
+    names: list[str] = []
+    parts: list[tuple[list[int], str]] = []
+    for objective in objectives:
+        ensemble = config.ensembles.get(objective)
+        if ensemble is None or ensemble.combine == "agree":
+            members = [objective] if ensemble is None else ensemble.members
+            names += members
+            parts += [([columns.index(name)], "alone") for name in members]
+        else:
+            names.append(objective)
+            parts.append(([columns.index(name) for name in ensemble.members], ensemble.combine))
+
+    def value(answer: Answer, members: list[int], how: str) -> Number:
+        values = [after(m, answer.rewards[m]) for m in members]
+        known = [v for v in values if v is not None and math.isfinite(v)]
+        if len(known) < len(values):
+            return None
+        return min(known) if how == "minimum" else _sum(known) / len(known)
+
+    made = [
+        replace(g, answers=tuple(replace(a, rewards=tuple(value(a, *part) for part in parts)) for a in g.answers))
+        for g in groups
+    ]
+    apart = {
+        name: ensemble for name, ensemble in config.ensembles.items() if ensemble.combine == "agree" and name in objectives
+    }
+    plain = config.model_copy(update={"transforms": {}, "ensembles": apart, "objectives": objectives})
+    return made, plain, names
+
+
+def _sum(values: Sequence[float]) -> float:
+    total = values[0]
+    for each in values[1:]:
+        total += each
+    return total

@@ -35,8 +35,8 @@ RANKS = {
     "api": 9,
     "cli": 9,
 }
-# The choice of a dtype depends on the machine alone and is the same for policies and reward models.
-EXCEPTIONS = {("rewards", "rc_ray.generation.hardware")}
+# Choices that depend on the machine alone are the same for policies and reward models, and a judge is asked as a policy is.
+EXCEPTIONS = {("rewards", f"rc_ray.generation.{module}") for module in ("hardware", "engine", "render")}
 
 
 def name_of(path: Path) -> str:

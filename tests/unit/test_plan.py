@@ -293,6 +293,23 @@ def test_settings_of_cpu_engines_are_shown_with_their_reasons(monkeypatch: pytes
     assert "max_num_seqs=256" in on_gpu
 
 
+def test_settings_of_classifiers_in_vllm_are_shown_with_their_reasons() -> None:
+    assert "harmless:" not in settings()
+    chosen = ["rewards.harmless.engine=vllm", "rewards.harmless.engine_arguments={max_num_seqs: 8}"]
+    text = settings(*chosen)
+    for part in (
+        "harmless: block_size=32",
+        "harmless: max_num_batched_tokens=8192  (max_batch_tokens",
+        "harmless: enforce_eager=True",
+    ):
+        assert part in text
+    assert "harmless: max_num_seqs" not in text
+    assert "harmless: enable_prefix_caching" not in text
+    shared = settings(*chosen, "rewards.harmless.pool={num_gpus: 0.5}", gpus=4)
+    assert "harmless: gpu_memory_utilization=0.45" in shared
+    assert "block_size" not in shared
+
+
 def test_reward_threads_share_the_cores_and_are_never_none() -> None:
     assert reward_threads(10_000) == 1
     assert reward_threads(0) >= reward_threads(1) >= 1

@@ -191,7 +191,7 @@ def test_smaller_sets_begin_again_and_what_does_not_fit_is_counted() -> None:
     counts = encoded.counts
     assert (counts["a"].num_train, counts["a"].num_test, counts["a"].num_repeated, counts["a"].left_out) == (5, 3, 0, {})
     assert (counts["b"].num_train, counts["b"].num_test, counts["b"].num_repeated) == (2, 1, 3)
-    assert counts["b"].left_out == {"equal answers": 7, "longer than max_length": 1}
+    assert counts["b"].left_out == {"equal answers": 7, "answer longer than max_length": 1}
     assert sorted(encoded.held_out.column("set").to_pylist()) == [0, 0, 0, 1]
     assert counts["a"].length_accuracy == 1.0  # "good 0" is longer than "bad 0"
     with pytest.raises(DataError, match=r"max_length = 8: only 0 training and 0 held-out pairs of 'a'"):

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
+from rc_ray.config import ClassifierReward
+from rc_ray.core import schemas
 from rc_ray.pipeline import progress
+from rc_ray.pipeline.actors import ScoreGroups
 from rc_ray.pipeline.progress import ProgressBoard, Reporter, StageProgress, duration
+from rc_ray.rewards.figures import Scoring, remarks, scoring_line
 
 
 @pytest.mark.parametrize(
@@ -109,6 +116,56 @@ def test_the_board_keeps_stages_apart_and_ignores_unknown_ones() -> None:
     assert "5/10" in board.lines()["score"]
 
 
+def test_the_board_says_what_each_objectives_actors_do(clock: Clock) -> None:
+    board = ProgressBoard()
+    board.begin("score", "prompts", 40)
+    board.add_scoring("score", "helpful", "first", {}, 0.0)
+    assert list(board.lines()) == ["score"]  # ready, and nothing scored yet
+    clock.now += 10
+    board.add_scoring("score", "helpful", "second", {}, 0.0)
+    board.add_scoring("score", "length", "third", {}, 0.0)
+    clock.now += 10
+    board.add_scoring("score", "helpful", "first", {"num_texts": 8, "num_tokens": 900, "num_padded_tokens": 1000}, 4.0)
+    board.add_scoring("score", "helpful", "second", {"num_texts": 8, "num_tokens": 900, "num_padded_tokens": 1000}, 5.0)
+    clock.now += 10
+    board.add_scoring("score", "length", "third", {}, 0.1)
+    # Two actors, ready for 30 and 20 s, of which they scored for 9.
+    assert board.scoring("score")["helpful"] == Scoring(
+        {"num_texts": 16, "num_tokens": 1800, "num_padded_tokens": 2000}, 9.0, 50.0, 2
+    )
+    assert board.lines()["score helpful"] == "score     helpful: 200 tok/s while scoring, 10.0 % padding, 2 actor(s) 18 % busy"
+    assert board.lines()["score length"] == "score     length: 1 actor(s) 0 % busy"
+    assert board.scoring("score_before") == {}
+    # An actor that Ray starts again is the same one.
+    board.add_scoring("score", "length", "third", {}, 0.0)
+    assert board.scoring("score")["length"].num_actors == 1
+    board.add_scoring("no such stage", "helpful", "first", {}, 1.0)
+    assert "no such stage helpful" not in board.lines()
+
+
+def test_a_scorer_says_what_its_reward_did_since_the_last_time(
+    tiny_rewards: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[Any] = []
+    monkeypatch.setattr(Reporter, "scored", lambda _, *what: said.append(what))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delattr(os, "sched_setscheduler", raising=False)
+    config = ClassifierReward(kind="classifier", model=str(tiny_rewards["helpful"]))
+    scorer = ScoreGroups("helpful", config, None, False, 1, None, "score", 3, first=True, last=True, keep_scored=False)
+    assert said == [("helpful", {}, 0.0)]  # what its self-test read does not count
+    candidate = {"text": "fine", "token_ids": [1], "finish_reason": "stop", "seed": 0, "logprob": -1.0}
+    row = {"prompt_id": "0", "prompt": [{"role": "user", "content": "hello"}], "candidates": [candidate] * 3}
+    table = pa.Table.from_pylist([row], schema=schemas.GROUP)
+    for _ in range(2):
+        scorer.score(table)
+    (name, first, busy_s), (_, second, _) = said[1:]
+    assert name == "helpful"
+    assert first == second
+    assert first["num_texts"] == 3
+    assert first["num_tokens"] == first["num_padded_tokens"] > 3
+    assert busy_s > 0
+
+
 class RecordedMethod:
     """A method of an actor handle that keeps the calls."""
 
@@ -164,3 +221,26 @@ def test_without_a_board_nothing_happens() -> None:
     reporter.add(3, 30)
     reporter.flush()
     assert reporter._board is None
+
+
+def test_what_actors_did_adds_up_over_sessions_and_is_summed_up() -> None:
+    first = Scoring({"num_texts": 10, "num_tokens": 300, "num_padded_tokens": 400, "num_cached_tokens": 0}, 2.0, 4.0, 2)
+    second = Scoring({"num_texts": 5, "num_tokens": 100, "num_padded_tokens": 100, "num_truncated": 3}, 2.0, 6.0, 1)
+    both = first + second
+    assert both.summary() == {
+        "num_texts": 15, "num_tokens": 400, "num_padded_tokens": 500, "num_cached_tokens": 0, "num_truncated": 3, "num_actors": 2,
+        "tokens_per_s": 100.0, "padding_share": 0.2, "busy_share": 0.4,
+    }  # fmt: skip
+    assert remarks("helpful", first.summary()) == []
+    assert remarks("helpful", both.summary()) == ["helpful: 3 of 15 texts were truncated before they were scored"]
+    assert Scoring(**vars(both)) == both
+    judge = Scoring(
+        {"num_comparisons": 8, "num_order_disagreements": 2, "num_tokens": 100, "num_cached_tokens": 25}, 1.0, 1.0, 1
+    )
+    assert judge.summary()["disagreement_share"] == judge.summary()["cached_share"] == 0.25
+    assert scoring_line("true", judge.summary()) == (
+        "true: 100 tok/s while scoring, 25 % of tokens from the prefix cache, 1 actor(s) 100 % busy"
+    )
+    assert remarks("true", judge.summary()) == ["true: 2 of 8 comparisons turned with the order of the answers"]
+    assert Scoring().summary() == {"num_actors": 0}
+    assert remarks("mine", {"num_truncated": 1}) == ["mine: 1 texts were truncated before they were scored"]

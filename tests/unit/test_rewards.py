@@ -374,3 +374,16 @@ def test_a_folder_without_config_json_is_no_model(tmp_path: Path) -> None:
 
 def test_a_saved_model_is_found(tiny_policy: Path) -> None:
     check_model("model", str(tiny_policy))
+
+
+def test_figures_count_texts_tokens_and_padding_since_loading(tiny_rewards: dict[str, Path]) -> None:
+    config = ClassifierReward(kind="classifier", model=str(tiny_rewards["helpful"]), max_length=64, self_test=False)
+    model = ClassifierRewardModel(config, on_gpu=False, num_threads=1)
+    answers = ["a", "b" * 9, "c" * 300]  # the last one is too long
+    lengths = [len(encode(model.tokenizer, PROMPT, answer)["input_ids"]) for answer in answers[:2]]
+    for times in (1, 2):
+        model.score([PROMPT] * 3, answers)
+        figures = model.figures()
+        assert figures["num_texts"] == 2 * times
+        assert figures["num_tokens"] == sum(lengths) * times
+        assert figures["num_padded_tokens"] == 2 * max(lengths) * times

@@ -6,35 +6,41 @@ import json
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+import yaml
 
 from rc_ray.config import HttpReward, JudgeReward, load_config, to_yaml
 from rc_ray.errors import ConfigError
 from rc_ray.rewards.base import Score, build_reward
+from rc_ray.rewards.chat import EndpointChat
 from rc_ray.rewards.http import HttpRewardService
 from rc_ray.rewards.judge import JudgeRewardModel
 from tests.unit.test_config import GOOD
 
 Answer = tuple[int, bytes, dict[str, str]]
+# What a service says, or None: it waits longer than anybody; or what of the two a request gets.
+Scripted = Answer | None | Callable[[dict[str, Any]], Answer | None]
 SECRET = "s3cr3t-t0ken"
 
 
 class Service:
-    """An HTTP server whose answers are scripted; the last one is repeated. None: it waits longer than anybody."""
+    """An HTTP server whose answers are scripted; the last one is repeated."""
 
     def __init__(self) -> None:
-        self.script: list[Answer | None] = []
+        self.script: list[Scripted] = []
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.times_s: list[float] = []
         service = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                service.times_s.append(time.monotonic())
                 service.requests.append(body)
                 service.headers.append(dict(self.headers))
                 answer = (
@@ -44,8 +50,10 @@ class Service:
                     if service.script
                     else (200, b"", {})
                 )
+                if callable(answer):
+                    answer = answer(body)
                 if answer is None:
-                    time.sleep(1.5)
+                    time.sleep(4)
                     return
                 status, content, headers = answer
                 if status == 200 and not content:
@@ -76,8 +84,13 @@ def service() -> Iterator[Service]:
     found.stop()
 
 
+def patience(waits: bool) -> dict[str, float]:
+    """Short where the service is to be given up; else longer than a busy machine takes."""
+    return {"timeout_s": 1.0 if waits else 30.0}
+
+
 def ask(service: Service, answers: list[str], **options: Any) -> list[Score]:
-    config = HttpReward(kind="http", url=service.url, **{"max_retries": 2, "timeout_s": 0.5, **options})
+    config = HttpReward(kind="http", url=service.url, **{"max_retries": 2, **patience(None in service.script), **options})
     prompts = [[{"role": "user", "content": f"question {i}"}] for i in range(len(answers))]
     return HttpRewardService(config, first_wait_s=0.01).score(prompts, answers)
 
@@ -135,6 +148,16 @@ def test_what_stays_wrong_makes_all_scores_of_the_request_missing(
     assert len(service.requests) == requests
 
 
+def test_requests_keep_their_distance_repeated_ones_too(service: Service) -> None:
+    service.script = [(200, b"", {}), (503, b"", {}), (429, b"", {"Retry-After": "0"}), (200, b"", {})]
+    started_s = time.monotonic()
+    scores = ask(service, list("abcde"), batch_size=1, num_connections=5, max_requests_per_minute=300)
+    assert [s.value for s in scores] == [1.0] * 5
+    assert len(service.times_s) == 7
+    # The n-th of them begins 0.2 s after the one before at the earliest, whichever thread it comes from.
+    assert all(at_s - started_s >= 0.2 * number for number, at_s in enumerate(sorted(service.times_s)))
+
+
 def test_other_requests_are_not_touched_by_one_that_fails(service: Service) -> None:
     service.script = [(400, b"", {}), (200, b"", {})]
     scores = ask(service, ["a", "bb", "ccc"], batch_size=1, num_connections=1)
@@ -188,13 +211,13 @@ def test_unsafe_configurations_are_refused_without_repeating_a_secret(given: str
     assert SECRET not in str(caught.value)
 
 
-JUDGE: dict[str, Any] = {"kind": "judge", "model": "judge-1", "criterion": "It is brief.", "max_retries": 0, "timeout_s": 0.5}
+JUDGE: dict[str, Any] = {"kind": "judge", "model": "judge-1", "criterion": "It is brief.", "max_retries": 0}
 
 
 def judge(service: Service, answers: list[str], **options: Any) -> list[Score]:
-    config = JudgeReward(**{**JUDGE, "url": service.url, **options})
+    config = JudgeReward(**{**JUDGE, **patience(None in service.script), "url": service.url, **options})
     prompts = [[{"role": "user", "content": f"question {i}"}] for i in range(len(answers))]
-    return JudgeRewardModel(config, first_wait_s=0.01).score(prompts, answers)
+    return JudgeRewardModel(config, EndpointChat(config, first_wait_s=0.01)).score(prompts, answers)
 
 
 def completion(content: Any, finish_reason: str = "stop", **more: Any) -> Answer:
@@ -272,6 +295,9 @@ def test_yes_against_no_is_finer_than_a_scale(service: Service) -> None:
         (first_tokens(yes=-0.1), "no not among the judge's 1 likeliest"),
         (first_tokens(maybe=-0.1, perhaps=-1), "yes and no not among the judge's 2"),
         (first_tokens(yes=-0.1, no="x"), "no chat completion"),  # type: ignore[arg-type]
+        (first_tokens(yes=-0.1, no=10**400), "no chat completion"),
+        (first_tokens(yes=-0.1, no=math.nan), "score is nan"),
+        (first_tokens(yes=-0.1, no=-math.inf), "score is inf"),
         (completion("yes"), "no chat completion"),
         (completion("yes", logprobs=None), "no chat completion"),
     ],
@@ -288,5 +314,8 @@ def test_a_judge_is_configured_like_any_reward(service: Service) -> None:
     service.script = [completion('{"score": 2}')]
     reward = build_reward(config.rewards["length"], on_gpu=False, num_threads=1)
     assert reward.score([[{"role": "user", "content": "q"}]], ["a"]) == [Score(2.0)]
+    config = load_config(GOOD, [f"rewards.length={{kind: judge, url: '{service.url}', model: m, criterion: c, method: yes}}"])
+    assert config.rewards["length"].method == "yes"  # which YAML reads as true
+    assert load_config(yaml.safe_load(to_yaml(config))) == config
     with pytest.raises(ConfigError, match=r"highest \(1\) must be above lowest \(1\)"):
         load_config(GOOD, [f"rewards.length={{kind: judge, url: '{service.url}', model: m, criterion: c, highest: 1}}"])
