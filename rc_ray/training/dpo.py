@@ -116,7 +116,8 @@ def train_dpo(
         prepared = {"objective": training.primary, "scales": scales if training.recipe == "reward_augmented" else None}
         done = _train_one(config, pairs, prepared, objectives, output, work, kept, resources, board, stage)
     else:
-        done, models = {"log_history": []}, []
+        done = {"log_history": []}
+        models: list[Folder] = []
         for number, name in enumerate(objectives):
             is_last = number == len(objectives) - 1
             target = output if training.recipe == "sequential" and is_last else work / "models" / name

@@ -8,6 +8,7 @@ Invariant: a pair that an objective does not order (d_k = 0) says nothing about 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -86,20 +87,20 @@ def raco_coefficients(gram: Floats, weights: Floats, conflict: float) -> Floats:
     """
     from scipy.optimize import minimize
 
-    length = float(np.sqrt(max(weights @ gram @ weights, 0.0)))
+    length = math.sqrt(max(float(weights @ gram @ weights), 0.0))
     if length == 0.0 or conflict == 0.0:
         return weights
     unit = gram / length**2
 
     def worst(p: Floats) -> float:
-        return float(p @ unit @ weights + conflict * np.sqrt(max(p @ unit @ p, 1e-16)))
+        return float(p @ unit @ weights) + conflict * math.sqrt(max(float(p @ unit @ p), 1e-16))
 
     found = minimize(
         worst, weights, method="SLSQP", bounds=[(0.0, 1.0)] * len(weights), constraints=[{"type": "eq", "fun": lambda p: p.sum() - 1}],
         options={"ftol": 1e-12, "maxiter": 300},
     )  # fmt: skip
     clipped = np.minimum(np.clip(found.x, 0.0, 1.0), weights)
-    size = float(np.sqrt(max(clipped @ gram @ clipped, 0.0)))
+    size = math.sqrt(max(float(clipped @ gram @ clipped), 0.0))
     return weights if size == 0.0 else np.asarray(weights + conflict * length / size * clipped, dtype=np.float64)
 
 

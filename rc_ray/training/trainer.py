@@ -38,9 +38,8 @@ class ReferenceDPOTrainer(DPOTrainer):  # type: ignore[misc]
         self._own_loss = training.recipe in ("mix", "modpo", "raco")
         super().__init__(**kwargs)
         if self._own_loss:
-            self.data_collator = Collator(
-                pad_token_id=self.data_collator.pad_token_id, max_length=self.data_collator.max_length
-            )
+            given: Any = self.data_collator  # type: ignore[has-type]
+            self.data_collator = Collator(pad_token_id=given.pad_token_id, max_length=given.max_length)
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
         return dataset
