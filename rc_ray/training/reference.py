@@ -11,19 +11,23 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rc_ray import errors
 from rc_ray.config import Config
-from rc_ray.errors import DataError, ModelError
+from rc_ray.errors import DataError, ModelError, RcRayError
 from rc_ray.ledger.storage import Folder
 from rc_ray.models.identity import model_identity
 from rc_ray.models.resolve import local_model
 from rc_ray.rewards.base import Score, reward_dtype
 from rc_ray.training.pairs import SIDES, PairCounts, PairTokenizer, end_tokens
+
+if TYPE_CHECKING:
+    from rc_ray.rewards.language_model import LanguageModel
 
 COLUMNS = ["prompt", "chosen", "rejected"]
 REWARDS = ["rewards_chosen", "rewards_rejected"]
@@ -77,18 +81,34 @@ class ReadPairs:
     """A Ray Data actor: tokenizes slices of pairs and looks at them, and computes the log-probs of the reference where they are wanted."""
 
     def __init__(self, task: PairsTask) -> None:
+        self._task = task
+        self._tokenizer: PairTokenizer | None = None
+        self._model: LanguageModel | None = None
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Slices as JSON in `slice`; adds counts, name and, in the place of both, an error of this package, which would lose its type on the way."""
+        found: dict[str, list[Any]] = {"first": [], "counts": [], "name": [], "error": []}
+        for text in batch["slice"]:
+            part, counts, name, error = Slice(**json.loads(text)), PairCounts(), "", ""
+            try:
+                counts, name = self._read(part)
+            except RcRayError as raised:
+                error = json.dumps([type(raised).__name__, str(raised)])
+            for key, value in zip(found, (part.first, json.dumps(counts.__dict__), name, error), strict=True):
+                found[key].append(value)
+        return {key: np.array(values, dtype=np.int64 if key == "first" else object) for key, values in found.items()}
+
+    def _open(self) -> PairTokenizer:
         from transformers import AutoTokenizer
 
         from rc_ray.rewards.language_model import LanguageModel
 
-        self._task, self._model = task, None
-        path = local_model(task.model)
+        task, path = self._task, local_model(self._task.model)
         tokenizer = AutoTokenizer.from_pretrained(path, revision=task.revision, trust_remote_code=task.trust_remote_code)
         if not tokenizer.chat_template:
             raise ModelError(
                 f"model = {task.model!r}: its tokenizer has no chat template, so messages cannot be rendered; save one with it"
             )
-        self._tokenizer = PairTokenizer(tokenizer, end_tokens(path, tokenizer, task.revision), task.max_length)
         if task.results is not None:
             if not task.on_gpu:
                 import torch
@@ -97,18 +117,11 @@ class ReadPairs:
             self._model = LanguageModel(
                 task.model, task.revision, task.trust_remote_code, task.dtype, task.on_gpu, task.max_batch_tokens
             )
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Slices as JSON in `slice`; adds `counts` and `name`, also as text."""
-        found = [self._read(Slice(**json.loads(text))) for text in batch["slice"]]
-        return {
-            "first": np.array([json.loads(text)["first"] for text in batch["slice"]]),
-            "counts": np.array([json.dumps(counts.__dict__) for counts, _ in found], dtype=object),
-            "name": np.array([name for _, name in found], dtype=object),
-        }
+        return PairTokenizer(tokenizer, end_tokens(path, tokenizer, task.revision), task.max_length)
 
     def _read(self, part: Slice) -> tuple[PairCounts, str]:
         pairs = self._prepared(read_slice(self._task.pairs, part))
+        self._tokenizer = self._tokenizer or self._open()
         rows, counts = self._tokenizer.tokenize(pairs, part.first)
         if self._task.results is None or self._model is None:
             return counts, ""
@@ -263,9 +276,6 @@ def _run(
     """
     import ray
     from ray.data import ActorPoolStrategy
-    from ray.exceptions import RayError
-
-    from rc_ray.errors import RcRayError
 
     todo = [{"slice": json.dumps(part.__dict__)} for part in slices(pairs, task.recipe)]
     if not todo:
@@ -278,11 +288,8 @@ def _run(
         num_cpus=num_cpus,
         num_gpus=num_gpus,
     )
-    try:
-        for row in dataset.iter_rows():
-            yield int(row["first"]), PairCounts(**json.loads(row["counts"])), str(row["name"])
-    except RayError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, RcRayError):
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        raise cause or error from None
+    for row in dataset.iter_rows():
+        if row["error"]:
+            kind, text = json.loads(row["error"])
+            raise getattr(errors, kind)(text)
+        yield int(row["first"]), PairCounts(**json.loads(row["counts"])), str(row["name"])

@@ -77,7 +77,7 @@ def config_of(tiny_policy: Path, tmp_path: Path, **training: Any) -> Config:
             "model": str(tiny_policy),
             "output": str(tmp_path),
             "prompts": {"path": "p"},
-            "rewards": {"a": rule},
+            "rewards": {"a": rule, "b": rule},
             "training": options,
         }
     )
@@ -85,7 +85,7 @@ def config_of(tiny_policy: Path, tmp_path: Path, **training: Any) -> Config:
 
 def computed(config: Config, pairs: Path, cache: Path, actors: int = 1) -> pa.Table:
     with connected(config.cluster):
-        folder, names = reference_logps(pairs_task(config, Folder.at(pairs), False, 1), Folder.at(cache), actors, 0.5, 0.0)
+        folder, names, _ = reference_logps(pairs_task(config, Folder.at(pairs), False, 1), Folder.at(cache), actors, 0.5, 0.0)
     return pa.concat_tables([folder.read_table(name) for name in names])
 
 
@@ -133,7 +133,7 @@ def test_given_columns_are_taken_when_they_are_of_this_model_only(tiny_policy: P
     assert computed(config, right, tmp_path / "new").select(REFERENCE).equals(own.select(REFERENCE))
     with pytest.raises(DataError, match=r"ref_chosen_logps of pair 0 is .* gives .*another reference model or template"):
         computed(config, wrong, tmp_path / "new")
-    with pytest.raises(DataError, match="without the other side's"):
+    with pytest.raises(DataError, match="of both answers and in all pairs, or in none"):
         computed(config, half, tmp_path / "new")
 
 
