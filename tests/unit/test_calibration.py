@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from rc_ray.core import schemas
@@ -42,6 +42,9 @@ def calibrated(seed: int, number: int = 40_000) -> np.ndarray:
 
 @given(differences, st.sampled_from([1, 5, 10, 20]))
 def test_the_errors_are_those_of_a_direct_computation(values: list[float], num_bins: int) -> None:
+    # So near to the edge between two bins, rounding decides which one it is.
+    places = [num_bins / (1 + math.exp(-side * value)) for value in values if value for side in (1, -1)]
+    assume(not any(0.5 < x < num_bins - 0.5 and abs(x - round(x)) < 1e-9 for x in places))
     found = reliability(np.array(values), num_bins)
     assert (found.ece, found.ace, found.mce) == pytest.approx(direct(values, num_bins), abs=1e-9)
     assert sum(found.counts) == 2 * len(values)
