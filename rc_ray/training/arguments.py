@@ -29,6 +29,8 @@ IMPOSSIBLE = {
     "ld_alpha": "weighs the reference's tokens, of which only sums are kept",
     "sync_ref_model": "changes the reference while it trains, whose log-probs are computed beforehand",
 }
+# accelerate takes no notice of these on CPUs.
+SHARDING = frozenset({"fsdp", "fsdp_config", "deepspeed"})
 
 
 @cache
@@ -46,8 +48,11 @@ def dpo_arguments() -> frozenset[str]:
     return frozenset(name for name in names if not name.startswith("_"))
 
 
-def check_dpo_arguments(given: dict[str, Any]) -> None:
+def check_dpo_arguments(given: dict[str, Any], on_gpu: bool = True) -> None:
     """Checks the keys of `training.trl`.
+
+    Args:
+        on_gpu: whether workers have GPUs.
 
     Raises:
         ConfigError: TRL has no such field, it is another option's, or it cannot be.
@@ -59,6 +64,10 @@ def check_dpo_arguments(given: dict[str, Any]) -> None:
             raise ConfigError(f"{field}: is set by {TAKEN[name]}; leave it out here")
         if name in IMPOSSIBLE:
             raise ConfigError(f"{field}: {IMPOSSIBLE[name]}; leave it out")
+        if name in SHARDING and not on_gpu:
+            raise ConfigError(
+                f"{field}: is ignored without a GPU, so that every worker would hold the whole model; leave it out, or train on GPUs"
+            )
         if known and name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "see the documentation of `trl.DPOConfig` for the names"

@@ -23,6 +23,7 @@ from rc_ray.config import Config, TrainingConfig
 from rc_ray.errors import ConfigError, DataError
 from rc_ray.ledger.storage import Folder
 from rc_ray.models.resolve import local_model
+from rc_ray.training.arguments import check_dpo_arguments
 from rc_ray.training.pairs import PairCounts
 from rc_ray.training.recipes import objective_weights
 from rc_ray.training.reference import look, pairs_task, reference_logps
@@ -106,6 +107,7 @@ def train_dpo(
         ClusterError: training failed more often than max_failures.
     """
     training = config.training
+    check_dpo_arguments(training.trl, train_gpus > 0)
     facts, counts = _look(config, pairs, train_cpus)
     objectives = sorted(counts.rewards)
     _check_recipe(training, objectives)

@@ -26,17 +26,17 @@ ANSWERS = ("hello", "you are")
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`kind` always prefers the first answer; `brief` prefers it in two thirds of the pairs, and has a tie in one."""
+    """`kind` always prefers the first answer; `brief` the second one where the prompt says so, and in the first pair neither."""
     folder = tmp_path_factory.mktemp("recipes") / "pairs"
     folder.mkdir()
     rewards = pa.struct([("kind", pa.float32()), ("brief", pa.float32())])
     rows = [
         {
-            "prompt": [{"role": "user", "content": f"question {i}"}],
+            "prompt": [{"role": "user", "content": f"{'be brief, ' if i % 3 == 2 else 'question'} {i}"}],
             "chosen": [{"role": "assistant", "content": ANSWERS[0]}],
             "rejected": [{"role": "assistant", "content": ANSWERS[1]}],
-            "rewards_chosen": {"kind": 1.0, "brief": [0.5, 1.0, 2.0][i % 3]},
-            "rewards_rejected": {"kind": 0.0, "brief": [1.0, 0.0, 0.5][i % 3] if i else 0.5},
+            "rewards_chosen": {"kind": 1.0, "brief": 0.0 if i % 3 == 2 else 1.0},
+            "rewards_rejected": {"kind": 0.0, "brief": 1.0 if i in (0, *range(2, NUM_PAIRS, 3)) else 0.0},
         }
         for i in range(NUM_PAIRS)
     ]

@@ -127,3 +127,12 @@ def test_all_fields_of_trl_are_known() -> None:
 
     assert {field.name for field in fields(DPOConfig) if field.init and not field.name.startswith("_")} <= dpo_arguments()
     check_dpo_arguments({"label_smoothing": 0.1, "max_grad_norm": 0.5, "optim": "adamw_torch"})
+
+
+@pytest.mark.parametrize(
+    "given", [{"fsdp": True}, {"deepspeed": {"zero_optimization": {"stage": 2}}}, {"fsdp_config": {"version": 2}}]
+)
+def test_sharding_without_gpus_is_refused_since_it_would_be_ignored(given: dict[str, Any]) -> None:
+    check_dpo_arguments(given)
+    with pytest.raises(ConfigError, match="is ignored without a GPU"):
+        check_dpo_arguments(given, on_gpu=False)
