@@ -11,7 +11,6 @@ Two ways to use a stage:
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
@@ -31,7 +30,7 @@ from rc_ray.config import (
 )
 from rc_ray.core import schemas
 from rc_ray.core.ids import bad_row_id, prompt_id
-from rc_ray.core.measure import Fitted, Summary, fit
+from rc_ray.core.measure import Fitted, Summary, add_up, fit
 from rc_ray.core.selection import needs_fit, select_pairs, summarize
 from rc_ray.errors import ClusterError, ConfigError, DataError
 from rc_ray.generation.arguments import check_engine_arguments
@@ -39,6 +38,7 @@ from rc_ray.ledger import rundir
 from rc_ray.ledger.storage import Folder
 from rc_ray.pipeline import run as pipeline
 from rc_ray.pipeline import stages
+from rc_ray.pipeline.graph import attach_phases, computing
 from rc_ray.pipeline.plan import Plan, make_plan
 from rc_ray.pipeline.policies import policy_of
 from rc_ray.pipeline.preview import plan
@@ -160,12 +160,11 @@ def score(config: ConfigSource, groups: Dataset | str | None = None, *, override
     if groups is None:
         pipeline.run(resolved, only="score")
         return _read_groups(resolved)
-    from rc_ray.pipeline.graph import attach_phases
 
     _check_input(groups, "groups")
     stages.check_rewards(resolved)
     plan = _connect(resolved)
-    with _named("scoring"):
+    with computing("scoring"):
         return attach_phases(_dataset(groups), resolved, plan, start_board())
 
 
@@ -277,7 +276,6 @@ def evaluate(config: ConfigSource, model: str | None = None, *, overrides: Itera
         return dict(rundir.open_existing(resolved.output).ledger.facts(stages.EVALUATE))
     from rc_ray.evaluation.compare import compare
     from rc_ray.models.resolve import check_model
-    from rc_ray.pipeline.graph import attach_phases
 
     check_model("model", model)
     check_source("evaluation.prompts", resolved.evaluation.prompts)
@@ -289,7 +287,7 @@ def evaluate(config: ConfigSource, model: str | None = None, *, overrides: Itera
     held_out = resolved.evaluation.prompts
     cells = read_cells("evaluation.prompts", held_out)
     prompts = ray.data.from_arrow(list(_prompt_blocks(cells, held_out, resolved.cluster.chunk_size)))
-    with _named("sampling and scoring held-out prompts"):
+    with computing("sampling and scoring held-out prompts"):
         for name in (None, model):
             policy = policy_of(resolved, name, resolved.evaluation.num_samples)
             tables.append(_table(attach_phases(prompts, resolved, plan, board, policy)))
@@ -313,7 +311,6 @@ def calibrate(
         ConfigError, DataError, ModelError: the configuration, the pairs or the models cannot be used. ClusterError: scoring failed.
     """
     from rc_ray.evaluation.calibrate import calibrate_groups, labelled_groups, plot_reliability
-    from rc_ray.pipeline.graph import attach_phases
     from rc_ray.training.preferences import read_preferences
 
     resolved = load_config(config, overrides)
@@ -336,7 +333,7 @@ def calibrate(
     labelled = pa.concat_tables(tables).combine_chunks()
     size = resolved.cluster.chunk_size
     groups = ray.data.from_arrow(labelled, override_num_blocks=-(-labelled.num_rows // size))
-    with _named("scoring the labelled pairs"):
+    with computing("scoring the labelled pairs"):
         scored = _table(attach_phases(groups, resolved, plan, start_board()))
     found = calibrate_groups(scored, list(resolved.rewards), precision)
     if output is not None:
@@ -423,23 +420,6 @@ def _connect(config: Config) -> Plan:
     return make_plan(config, cluster.cpus, cluster.gpus, cluster.num_nodes, cluster.gpus_per_node)
 
 
-@contextlib.contextmanager
-def _named(what: str) -> Iterator[None]:
-    """Around what Ray computes.
-
-    Raises:
-        ClusterError: Ray raised something; its first cause is named.
-    """
-    from ray.exceptions import RayError
-
-    from rc_ray.pipeline.graph import innermost
-
-    try:
-        yield
-    except RayError as error:
-        raise ClusterError(f"{what} failed: {innermost(error)}") from error
-
-
 def _read_groups(config: Config) -> Dataset:
     import ray
 
@@ -506,9 +486,6 @@ def _fit(groups: Dataset, config: SelectionConfig) -> Fitted:
             return pa.table({"summary": [summarize(table, config, fitted).to_bytes()]})
 
         rows = groups.map_batches(summary, batch_format="pyarrow").iter_rows()
-        summaries = [Summary.from_bytes(row["summary"]) for row in rows]
-        if not summaries:
-            raise DataError("groups: there is no row to select from")
-        return sum(summaries[1:], summaries[0])
+        return add_up(Summary.from_bytes(row["summary"]) for row in rows)
 
     return fit(measure(), config, measure)

@@ -219,6 +219,20 @@ def _smallest(pilots: Iterable[Pilot], number: int) -> tuple[Pilot, ...]:
     return tuple(sorted(pilots)[:number])
 
 
+def add_up(summaries: Iterable[Summary]) -> Summary:
+    """The summary of all the data; one at a time, since all of them at once would grow with the data.
+
+    Raises:
+        DataError: there is none.
+    """
+    total: Summary | None = None
+    for summary in summaries:
+        total = summary if total is None else total + summary
+    if total is None:
+        raise DataError("groups: there is no row to select from")
+    return total
+
+
 def num_sampled_groups(config: SelectionConfig) -> int:
     """How many groups the pilot must have."""
     by_transforms = SAMPLE_GROUPS if any(t.needs_sample for t in config.transforms.values()) else 0

@@ -360,8 +360,8 @@ def _execute(dataset: Dataset, run: GroupRun, config: Config, board: Any, stage:
 
 
 @contextlib.contextmanager
-def resumable(stage: str) -> Iterator[None]:
-    """Around what Ray executes for a stage.
+def computing(what: str, advice: str = "") -> Iterator[None]:
+    """Around what Ray computes.
 
     Raises:
         ClusterError: Ray raised something; its first cause is named.
@@ -371,10 +371,12 @@ def resumable(stage: str) -> Iterator[None]:
     try:
         yield
     except RayError as error:
-        raise ClusterError(
-            f"stage {stage} failed: {innermost(error)}\n"
-            "What was committed is kept; mend the cause and run the same command again to resume."
-        ) from error
+        raise ClusterError(f"{what} failed: {innermost(error)}{advice}") from error
+
+
+def resumable(stage: str) -> contextlib.AbstractContextManager[None]:
+    """`computing`, for a stage of a run."""
+    return computing(f"stage {stage}", "\nWhat was committed is kept; mend the cause and run the same command again to resume.")
 
 
 def committed(run: GroupRun) -> tuple[int, int]:

@@ -11,15 +11,13 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
-from operator import add
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rc_ray.config import Config, CustomReward, RewardTrainingConfig, RuleReward
-from rc_ray.core.measure import Fitted, Summary, fit
+from rc_ray.config import ClassifierReward, Config, CustomReward, JudgeReward, RewardTrainingConfig, RuleReward
+from rc_ray.core.measure import Fitted, Summary, add_up, fit
 from rc_ray.core.selection import needs_fit, select_pairs, summarize
 from rc_ray.errors import DataError, ResumeError
 from rc_ray.evaluation.compare import compare
@@ -85,9 +83,7 @@ def check_rewards(config: Config) -> dict[str, str]:
     for name, reward in config.rewards.items():
         for field, (model, revision, is_adapter) in reward.models().items():
             (check_adapter if is_adapter else check_model)(f"rewards.{name}.{field}", model, revision)
-        if reward.kind == "classifier":
-            check_engine_arguments(reward.engine_arguments, f"rewards.{name}.engine_arguments")
-        if reward.kind == "judge":
+        if isinstance(reward, ClassifierReward | JudgeReward):
             check_engine_arguments(reward.engine_arguments, f"rewards.{name}.engine_arguments")
         named = named_code(name, reward)
         if named is None:
@@ -346,8 +342,7 @@ def select(config: Config, run: RunDir, session: Session | None, ended: str | No
         each = {"run": run, "config": config, "fitted": fitted}
         summaries = chunked(scored).map_batches(summarize_chunk, fn_kwargs=each, **small)
         with resumable(SELECT):
-            # Added up as they come: all of them at once would grow with the prompts.
-            return reduce(add, (Summary.from_bytes(row["summary"]) for row in summaries.iter_rows()))
+            return add_up(Summary.from_bytes(row["summary"]) for row in summaries.iter_rows())
 
     scored = sorted(run.ledger.done(SCORE))
     known = run.manifest().get("selection")

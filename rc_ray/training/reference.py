@@ -101,21 +101,11 @@ class ReadPairs:
     def _open(self) -> PairTokenizer:
         from transformers import AutoTokenizer
 
-        from rc_ray.rewards.language_model import LanguageModel
-
         task, path = self._task, local_model(self._task.model)
         tokenizer = AutoTokenizer.from_pretrained(path, revision=task.revision, trust_remote_code=task.trust_remote_code)
         if not tokenizer.chat_template:
             raise ModelError(
                 f"model = {task.model!r}: its tokenizer has no chat template, so messages cannot be rendered; save one with it"
-            )
-        if task.results is not None:
-            if not task.on_gpu:
-                import torch
-
-                torch.set_num_threads(task.num_threads)
-            self._model = LanguageModel(
-                task.model, task.revision, task.trust_remote_code, task.dtype, task.on_gpu, task.max_batch_tokens
             )
         return PairTokenizer(tokenizer, end_tokens(path, tokenizer, task.revision), task.max_length)
 
@@ -123,7 +113,7 @@ class ReadPairs:
         pairs = self._prepared(read_slice(self._task.pairs, part))
         self._tokenizer = self._tokenizer or self._open()
         rows, counts = self._tokenizer.tokenize(pairs, part.first)
-        if self._task.results is None or self._model is None:
+        if self._task.results is None:
             return counts, ""
         given = [tuple(pairs[row["row"] - part.first].get(name) for name in REFERENCE) for row in rows]
         content = json.dumps([rows, given])
@@ -146,8 +136,8 @@ class ReadPairs:
         return reward_augmented(rows, task.scales) if task.scales is not None else rows
 
     def _logps(self, rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
-        """Log-probs of chosen and rejected of each pair."""
-        assert self._model is not None
+        """Log-probs of chosen and rejected of each pair. The model is loaded for the first ones that are not kept already."""
+        self._model = self._model or self._load()
         texts = [row["prompt_ids"] + row[f"{side}_ids"] for row in rows for side in SIDES]
         starts = [len(row["prompt_ids"]) for row in rows for _ in SIDES]
         scores = self._model.sums(texts, starts)
@@ -158,6 +148,16 @@ class ReadPairs:
                 )
         values = [score.value or 0.0 for score in scores]
         return list(zip(values[::2], values[1::2], strict=True))
+
+    def _load(self) -> LanguageModel:
+        from rc_ray.rewards.language_model import LanguageModel
+
+        task = self._task
+        if not task.on_gpu:
+            import torch
+
+            torch.set_num_threads(task.num_threads)
+        return LanguageModel(task.model, task.revision, task.trust_remote_code, task.dtype, task.on_gpu, task.max_batch_tokens)
 
     def _given(self, given: list[tuple[Any, ...]], rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
         """Log-probs that the pairs came with, of which some are computed again."""
@@ -232,7 +232,7 @@ def look(config: Config, pairs: Folder, num_actors: int, num_cpus: float) -> Pai
     """Tokenizes all pairs on the connected cluster and counts; computes nothing."""
     task = pairs_task(config, pairs, False, 1)
     counts = PairCounts()
-    for _, found, _ in _run(task, pairs, num_actors, num_cpus, 0.0):
+    for _, found, _ in _run(task, num_actors, num_cpus, 0.0):
         counts.add(found)
     return counts
 
@@ -260,15 +260,13 @@ def reference_logps(
     """Computes what is not there yet; the folder of the results, their names in the pairs' order, and counts."""
     key = hashlib.blake2b(f"{model_identity(task.model, task.revision)} {task.dtype}".encode(), digest_size=8).hexdigest()
     task, counts, found = replace(task, results=cache / key), PairCounts(), []
-    for first, part, name in _run(task, task.pairs, num_actors, num_cpus, num_gpus):
+    for first, part, name in _run(task, num_actors, num_cpus, num_gpus):
         counts.add(part)
         found.append((first, name))
     return cache / key, [name for _, name in sorted(found)], counts
 
 
-def _run(
-    task: PairsTask, pairs: Folder, num_actors: int, num_cpus: float, num_gpus: float
-) -> Iterator[tuple[int, PairCounts, str]]:
+def _run(task: PairsTask, num_actors: int, num_cpus: float, num_gpus: float) -> Iterator[tuple[int, PairCounts, str]]:
     """First row, counts and name of every slice, in any order.
 
     Raises:
@@ -277,7 +275,7 @@ def _run(
     import ray
     from ray.data import ActorPoolStrategy
 
-    todo = [{"slice": json.dumps(part.__dict__)} for part in slices(pairs, task.recipe)]
+    todo = [{"slice": json.dumps(part.__dict__)} for part in slices(task.pairs, task.recipe)]
     if not todo:
         return
     dataset = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(

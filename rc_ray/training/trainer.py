@@ -54,7 +54,6 @@ class ReferenceDPOTrainer(DPOTrainer):  # type: ignore[misc]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         if not self._own_loss:
-            inputs.pop("differences", None)
             return super()._compute_loss(model, inputs, return_outputs)
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         outputs = model(
