@@ -88,9 +88,9 @@ class CountingReward(Reward, Protocol):
 
 
 def figures_of(reward: Reward) -> dict[str, int]:
-    """See `CountingReward.figures`; empty for a reward without them."""
+    """See `CountingReward.figures`; empty for a reward without them. A copy: a reward may return the counts that it goes on counting with."""
     figures = getattr(reward, "figures", None)
-    return figures() if figures is not None else {}
+    return dict(figures()) if figures is not None else {}
 
 
 def build_reward(config: RewardConfig, on_gpu: bool, num_threads: int, content: bytes | None = None) -> Reward:
