@@ -44,8 +44,9 @@ from rc_ray.pipeline.policies import policy_of
 from rc_ray.pipeline.preview import plan
 from rc_ray.pipeline.progress import start_board
 from rc_ray.pipeline.prompts import BadRow, SeenPrompts, check_source, read_cells, to_messages
+from rc_ray.pipeline.rounds import run_rounds
 from rc_ray.pipeline.run import ConfigSource, RunResult
-from rc_ray.training.arguments import check_dpo_arguments
+from rc_ray.training.arguments import check_training
 from rc_ray.training.reward_model import RewardTrainingResult, prepare, train_here, train_on_ray
 
 if TYPE_CHECKING:
@@ -85,7 +86,8 @@ def run(
     fork_from: str | None = None,
     emit: stages.Emit = print,
 ) -> RunResult:
-    """Runs all stages in the run directory `config.output`, or resumes there. See `rc_ray.pipeline.run.run`.
+    """Runs all stages in the run directory `config.output`, or resumes there. See `rc_ray.pipeline.run.run`, and for several rounds
+    `rc_ray.pipeline.rounds.run_rounds`.
 
     Args:
         prompts: strings or message lists in memory, or a Dataset with the column `prompts.column`, in the place of
@@ -93,9 +95,7 @@ def run(
     """
     if prompts is not None:
         config, overrides = _keep_prompts(config, overrides, prompts), ()
-    result = pipeline.run(config, overrides, fork_from=fork_from, emit=emit)
-    assert result is not None
-    return result
+    return run_rounds(config, overrides, fork_from=fork_from, emit=emit)
 
 
 def sample(config: ConfigSource, prompts: Dataset | str | None = None, *, overrides: Iterable[str] = ()) -> Dataset:
@@ -220,7 +220,7 @@ def train(
             f"generation.adapter = {resolved.generation.adapter!r}: DPO starts from `model`, without the adapter; merge it into the model and "
             "give that, or leave it out"
         )
-    check_dpo_arguments(resolved.training.trl)
+    check_training(resolved.training)
     folder = Folder.at(output)
     if not folder.is_empty():
         raise DataError(f"output = {output!r}: the folder is not empty; give a new one")
@@ -235,7 +235,9 @@ def train(
         source = work / "pairs"
         pairs.write_parquet(source.uri)
     with live_progress(resolved.cluster.progress_interval_s, print) as board:
-        train_dpo(resolved, source, folder, work, plan.train_cpus, plan.train_gpus, board, work / "reference")
+        facts = train_dpo(resolved, source, folder, work, plan.train_cpus, plan.train_gpus, board, work / "reference")
+    for line in facts["remarks"]:
+        print(f"training  {line}")
     return folder.uri
 
 
@@ -252,7 +254,7 @@ def preflight(config: ConfigSource, pairs: str | None = None, *, overrides: Iter
     from rc_ray.training.dpo import preflight as look
 
     resolved = load_config(config, overrides)
-    check_dpo_arguments(resolved.training.trl)
+    check_training(resolved.training)
     source = rundir.open_existing(resolved.output).pairs if pairs is None else Folder.at(pairs)
     return look(resolved, source, _connect(resolved).train_cpus)
 

@@ -206,9 +206,9 @@ def _source(options: argparse.Namespace) -> object:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from rc_ray.pipeline.run import run
+    from rc_ray.pipeline.rounds import run_rounds
 
-    run(_source(options), options.overrides, fork_from=options.fork_from, emit=_emit)  # type: ignore[arg-type]
+    run_rounds(_source(options), options.overrides, fork_from=options.fork_from, emit=_emit)  # type: ignore[arg-type]
 
 
 def _stage(options: argparse.Namespace) -> None:

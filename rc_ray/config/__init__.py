@@ -28,9 +28,10 @@ from rc_ray.config.schema import (
     GenerationConfig,
     PolicyConfig,
     PromptsConfig,
-    TrainingConfig,
+    RoundsConfig,
 )
 from rc_ray.config.selection import EnsembleConfig, SelectionConfig, TransformConfig
+from rc_ray.config.training import TrainingConfig
 
 __all__ = [
     "BudgetConfig",
@@ -49,6 +50,7 @@ __all__ = [
     "PromptsConfig",
     "RewardConfig",
     "RewardTrainingConfig",
+    "RoundsConfig",
     "RuleReward",
     "SelectionConfig",
     "TrainingConfig",

@@ -15,6 +15,7 @@ from pydantic import AwareDatetime, Field, field_validator, model_validator
 from rc_ray.config.base import NAME_PATTERN, PARALLEL_SIZES, RESERVED_NAMES, PoolConfig, Section, deployment
 from rc_ray.config.rewards import JudgeReward, RewardConfig
 from rc_ray.config.selection import SelectionConfig
+from rc_ray.config.training import TrainingConfig
 
 
 class PromptsConfig(Section):
@@ -197,128 +198,6 @@ class GenerationConfig(Section):
         return self
 
 
-Recipe = Literal["dpo", "mix", "sequential", "modpo", "soup", "raco", "reward_augmented"]
-# Options of `training` that only some recipes use.
-RECIPE_OPTIONS = {"weights": ("mix", "modpo", "soup", "raco"), "primary": ("modpo",), "conflict": ("raco",)}
-
-
-class ReferenceConfig(Section):
-    """The pass over the pairs before training, which computes the reference model's log-probs. The reference is the policy that training starts
-    from."""
-
-    num_actors: int | None = deployment(None, ge=1)
-    """Actors, each with the resources of a training worker. None: as many as there are training workers."""
-
-    max_batch_tokens: int = deployment(4096, ge=64)
-    """Padded tokens per forward pass; fewer for a while after memory ran out. Each needs the logits of the whole vocabulary."""
-
-    folder: str | None = deployment(None)
-    """Where log-probs are kept by content, for other trainings on the same pairs with the same reference. None: with this training."""
-
-
-class TrainingConfig(Section):
-    """DPO with TRL on Ray Train. Source: DPO, arXiv 2305.18290."""
-
-    enabled: bool = True
-    """False ends the run after selection: pairs are the product."""
-
-    num_workers: int = Field(2, ge=1)
-    """Ray Train workers (data parallel)."""
-
-    num_cpus_per_worker: float | None = deployment(None, gt=0)
-    """Ray CPUs per worker. None: chosen by the planner."""
-
-    num_gpus_per_worker: float | None = deployment(None, ge=0)
-    """Ray GPUs per worker. None: 1 when the cluster has GPUs, otherwise 0."""
-
-    recipe: Recipe = "dpo"
-    """How pairs become a policy. `dpo`: as selected. The others are for comparison and need pairs with rewards; see `rc-ray train --list-recipes`."""
-
-    weights: dict[str, float] = {}
-    """Weight of each objective in `mix`, `modpo`, `soup` and `raco`, brought to the sum 1. Empty: all rewards of the pairs, equally."""
-
-    primary: str | None = None
-    """`modpo`: the objective whose order of the pairs is learned, with the others as margins."""
-
-    conflict: float = Field(0.4, ge=0, lt=1)
-    """`raco`: how far a step may turn away from the weighted gradient (c in the paper), relative to it."""
-
-    beta: float = Field(0.1, gt=0)
-    """Strength of the pull to the reference model."""
-
-    loss_type: str = "sigmoid"
-    """Loss, by TRL's name."""
-
-    learning_rate: float = Field(1e-6, gt=0)
-    """Peak learning rate (AdamW, linear decay)."""
-
-    warmup_steps: int = Field(0, ge=0)
-    """Steps of linear warm-up."""
-
-    num_epochs: float = Field(1.0, gt=0)
-    """Passes over the pairs."""
-
-    max_steps: int | None = Field(None, ge=1)
-    """Stop after so many optimizer steps; None: as many as num_epochs makes."""
-
-    global_batch_size: int = Field(32, ge=1)
-    """Pairs per optimizer step over all workers. Must be a multiple of num_workers x per_device_batch_size."""
-
-    per_device_batch_size: int = deployment(2, ge=1)
-    """Pairs per forward pass on one worker."""
-
-    max_length: int | None = Field(None, ge=16)
-    """Most tokens of prompt and answer. None: as long as the longest pair. Longer pairs are never cut; see max_too_long_fraction."""
-
-    max_too_long_fraction: float = Field(0.0, ge=0, lt=1)
-    """Share of pairs longer than max_length that may be left out (counted); more of them are an error before training."""
-
-    reference: ReferenceConfig = ReferenceConfig()
-    """Log-probs of the reference, computed beforehand."""
-
-    trl: dict[str, Any] = {}
-    """Further fields of `trl.DPOConfig`, e.g. `label_smoothing: 0.1`; checked against TRL's own list. Those that this section has are set here."""
-
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """`auto`: bfloat16 mixed precision on GPUs, float32 on CPUs."""
-
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
-
-    save_every_steps: int = deployment(50, ge=1)
-    """Steps between checkpoints; at most so much work is lost when a worker or the driver dies."""
-
-    max_failures: int = deployment(3, ge=0)
-    """Worker failures after which training gives up; each restarts from the last checkpoint."""
-
-    @model_validator(mode="after")
-    def _batch(self) -> TrainingConfig:
-        for name, recipes in RECIPE_OPTIONS.items():
-            if self.recipe not in recipes and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} has no effect on recipe {self.recipe}; it is for {', '.join(recipes)}")
-        if self.recipe == "modpo" and self.primary is None:
-            raise ValueError("recipe modpo needs primary, the objective whose order of the pairs is learned")
-        if any(weight < 0 for weight in self.weights.values()) or (self.weights and not sum(self.weights.values())):
-            raise ValueError("weights must not be negative, and not all 0")
-        if self.primary is not None and self.weights and not self.weights.get(self.primary):
-            raise ValueError(
-                f"weights: modpo divides by the weight of its primary objective {self.primary!r}; give it one above 0"
-            )
-        if self.recipe in ("mix", "modpo", "raco") and self.loss_type != "sigmoid":
-            raise ValueError(f"recipe {self.recipe} has a loss of its own; loss_type has no effect on it, leave it out")
-        if self.max_too_long_fraction and self.max_length is None:
-            raise ValueError(
-                "max_too_long_fraction has no effect without max_length, which then fits the longest pair; set it, or leave it out"
-            )
-        unit = self.num_workers * self.per_device_batch_size
-        if self.global_batch_size % unit:
-            raise ValueError(
-                f"global_batch_size ({self.global_batch_size}) is not a multiple of num_workers x per_device_batch_size "
-                f"({self.num_workers} x {self.per_device_batch_size}); set it to {max(unit, self.global_batch_size // unit * unit)}"
-            )
-        return self
-
-
 class EvaluationConfig(Section):
     """Before/after comparison on held-out prompts."""
 
@@ -348,6 +227,20 @@ class BudgetConfig(Section):
 
     deadline: AwareDatetime | None = None
     """When to end, e.g. `2027-01-31T08:00:00Z`."""
+
+
+class RoundsConfig(Section):
+    """On-policy training in rounds: sample, score, select and train, again with the policy that came out. Every round is a run of its own in
+    `output/round-1`, `output/round-2`, ..."""
+
+    number: int = Field(1, ge=1)
+    """How many; `rounds: 3` is short for `rounds: {number: 3}`. May be raised later."""
+
+    reference: Literal["previous", "initial"] = "previous"
+    """The reference of a round from the second on: the policy that it starts from, or the very first one."""
+
+    max_reward_drop: float | None = Field(None, ge=0)
+    """No further round after one in which the mean held-out reward of an objective fell by more than this."""
 
 
 class ClusterConfig(Section):
@@ -423,8 +316,16 @@ class Config(Section):
     budget: BudgetConfig = deployment(BudgetConfig())
     """When to end early."""
 
+    rounds: RoundsConfig = deployment(RoundsConfig())
+    """On-policy rounds. What comes out of a round does not depend on how many there are."""
+
     cluster: ClusterConfig = deployment(ClusterConfig())
     """Ray."""
+
+    @field_validator("rounds", mode="before")
+    @classmethod
+    def _number_of_rounds(cls, value: Any) -> Any:
+        return {"number": value} if isinstance(value, int) and not isinstance(value, bool) else value
 
     @field_validator("rewards")
     @classmethod
@@ -453,6 +354,30 @@ class Config(Section):
                 f"generation.adapter = {self.generation.adapter!r}: DPO starts from `model`, without the adapter, and so would train another "
                 "policy than the one sampled; set training.enabled: false, or merge the adapter into the model and give that as `model`"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _rounds(self) -> Config:
+        rounds, policies = self.rounds, self.generation.policies.values()
+        if rounds.number > 1 and not self.training.enabled:
+            raise ValueError(
+                "rounds goes on with the trained policy, but training.enabled is false; enable it, or leave rounds out"
+            )
+        if rounds.number > 1 and not self.training.merge_adapter:
+            raise ValueError("rounds goes on with a whole policy; set training.merge_adapter: true, or leave rounds out")
+        if rounds.number > 1 and policies and all(policy.model for policy in policies):
+            raise ValueError(
+                "rounds samples from the trained policy, which is none of generation.policies; add one without `model`"
+            )
+        if rounds.number > 1 and rounds.reference == "initial" and self.training.reference.model is not None:
+            raise ValueError(
+                "rounds.reference: initial has no effect with training.reference.model, which is taken in every round; leave one out"
+            )
+        if rounds.number == 1 and rounds != RoundsConfig():
+            name = "reference" if rounds.max_reward_drop is None else "max_reward_drop"
+            raise ValueError(f"rounds.{name} has no effect on one round; set rounds.number")
+        if rounds.max_reward_drop is not None and self.evaluation.prompts is None:
+            raise ValueError("rounds.max_reward_drop needs held-out rewards; set evaluation.prompts, or leave it out")
         return self
 
     @model_validator(mode="after")

@@ -5,6 +5,7 @@ Invariant: one group is one row, whatever became of it; `reward.<objective>` is 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 
 import pyarrow as pa
@@ -25,6 +26,9 @@ PROMPT = pa.schema([("prompt_id", pa.string()), ("prompt", MESSAGES)])
 # failure/failure_detail: a drop reason that generation found (prompt_too_long, generation_failed), null otherwise.
 GROUP = pa.schema([*PROMPT, ("candidates", pa.list_(CANDIDATE)), ("failure", pa.string()), ("failure_detail", pa.string())])
 DROP = pa.schema([("prompt_id", pa.string()), ("reason", pa.string()), ("stage", pa.string()), ("detail", pa.string())])
+
+# Of groups and pairs, in the schema's metadata: which tokenizers and chat templates the answers were sampled with (`template_hash`).
+TEMPLATES = b"rc_ray.templates"
 
 REWARD_PREFIX = "reward."
 MISSING_PREFIX = "missing."
@@ -76,3 +80,14 @@ def pair_schema(objectives: Iterable[str]) -> pa.Schema:
             ("strategy", pa.string()),
         ]
     )
+
+
+def templates_of(schema: pa.Schema) -> list[str]:
+    """Hashes of the templates that answers were sampled with; empty where that is not known."""
+    return list(json.loads((schema.metadata or {}).get(TEMPLATES, b"[]")))
+
+
+def with_templates(table: pa.Table, templates: Iterable[str]) -> pa.Table:
+    """The table, with these templates besides those that it knows of."""
+    found = sorted({*templates_of(table.schema), *templates})
+    return table.replace_schema_metadata({**(table.schema.metadata or {}), TEMPLATES: json.dumps(found)}) if found else table

@@ -176,7 +176,7 @@ def select_pairs(groups: pa.Table, config: SelectionConfig, fitted: Fitted | Non
         fitted = fit_selection([groups], config)
     parts = [_select_block(read_scored(block, columns), config, objectives, fitted) for block in _blocks(groups)]
     return Selected(
-        pa.concat_tables([p.pairs for p in parts]),
+        schemas.with_templates(pa.concat_tables([p.pairs for p in parts]), schemas.templates_of(groups.schema)),
         pa.concat_tables([p.drops for p in parts]),
         sum(p.num_paired for p in parts),
         sum(p.num_beyond_cap for p in parts),

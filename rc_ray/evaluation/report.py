@@ -56,16 +56,25 @@ def plot_rewards(comparison: dict[str, Any]) -> Any:
 
 
 def plot_training(history: list[dict[str, float]]) -> Any:
-    """A matplotlib figure of the loss and the reward accuracy over steps. `history` as the trainer logs it."""
+    """A matplotlib figure of loss, accuracy, margin, and what the rewards of both answers became, over steps. `history` as the trainer logs it."""
     from matplotlib.figure import Figure
 
     steps = [entry for entry in history if "loss" in entry]
-    figure = Figure(figsize=(7, 2.6), layout="constrained")
-    for number, key in enumerate(("loss", "rewards/accuracies")):
-        axes = figure.add_subplot(1, 2, number + 1)
-        shown = [(entry["step"], entry[key]) for entry in steps if key in entry]
-        axes.plot([s for s, _ in shown], [v for _, v in shown], color="#22aa77")
-        axes.set_title(key)
+    figure = Figure(figsize=(12, 2.6), layout="constrained")
+    panels = {
+        "loss": ["loss"],
+        "accuracy": ["rewards/accuracies"],
+        "margin": ["rewards/margins"],
+        "beta x change of log-prob": ["rewards/chosen", "rewards/rejected"],
+    }
+    for number, (title, keys) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), number + 1)
+        for key, colour in zip(keys, ("#22aa77", "#cc5555"), strict=False):
+            shown = [(entry["step"], entry[key]) for entry in steps if key in entry]
+            axes.plot([s for s, _ in shown], [v for _, v in shown], color=colour, label=key.split("/")[-1])
+        if len(keys) > 1:
+            axes.legend()
+        axes.set_title(title)
         axes.set_xlabel("step")
     return figure
 
@@ -123,6 +132,7 @@ def _html(metrics: dict[str, Any], manifest: dict[str, Any], examples: list[dict
         parts += [
             f"<h2>Training</h2><p>{training['num_pairs']} pairs, {training['steps']} steps, longest pair "
             f"{training['longest_pair']} tokens, {training['repeated']} pairs taken twice per epoch to fill the last batch</p>",
+            *(f"<p>{html.escape(line)}</p>" for line in training["remarks"]),
             _svg(plot_training(training["log_history"])),
         ]
     if examples:

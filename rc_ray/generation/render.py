@@ -5,6 +5,8 @@ Sending templated text lets the engine's tokenizer add a second BOS; ids cannot 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +40,9 @@ class PromptRenderer:
         """Token ids up to and including the marker where the assistant's answer begins."""
         ids: Any = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
         return [int(i) for i in ids]
+
+
+def template_hash(tokenizer: Any) -> str:
+    """What decides on the tokens of a conversation: the chat template and the vocabulary."""
+    content = json.dumps([tokenizer.chat_template, sorted(tokenizer.get_vocab().items())])
+    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()

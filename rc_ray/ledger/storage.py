@@ -190,6 +190,12 @@ class Folder:
         filesystem.create_dir(path, recursive=True)
         pafs.copy_files(str(local), path, pafs.LocalFileSystem(), filesystem)
 
+    def copy_to(self, other: Folder) -> None:
+        """Copies all that is in this folder into another."""
+        (filesystem, path), (target, there) = self.filesystem(), other.filesystem()
+        target.create_dir(there, recursive=True)
+        pafs.copy_files(path, there, filesystem, target)
+
     def download(self, local: str | Path) -> None:
         """Copies this folder to a local one."""
         filesystem, path = self.filesystem()

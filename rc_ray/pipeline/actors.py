@@ -64,6 +64,7 @@ class GenerateGroups:
     """
 
     _in_rounds = False  # whether a group that was sampled may be sampled again
+    _templates: tuple[str, ...] = ()
 
     def __init__(
         self, policy: Policy, on_gpu: bool, gpu_share: float, across_nodes: bool, engines_per_host: int, board: Any | None, stage: str,
@@ -75,7 +76,7 @@ class GenerateGroups:
             os.environ.update(cpu_engine_environment(engines_per_host, policy.generation.engine)[0])
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         from rc_ray.generation.engine import SamplingEngine
-        from rc_ray.generation.render import PromptRenderer
+        from rc_ray.generation.render import PromptRenderer, template_hash
         from rc_ray.models.resolve import local_adapter, local_model
 
         own = self._open(policy, engine, board, stage, max_attempts)
@@ -83,6 +84,7 @@ class GenerateGroups:
         path = local_model(model)
         adapters = {m.name: local_adapter(m.adapter) for m in own if m.adapter is not None}
         self._renderers = {m.name: PromptRenderer(path, revision, trust_remote_code, adapters.get(m.name)) for m in own}
+        self._templates = tuple(sorted({template_hash(renderer.tokenizer) for renderer in self._renderers.values()}))
         self._engine = SamplingEngine(
             path,
             policy.generation,
@@ -123,7 +125,7 @@ class GenerateGroups:
             with self._attempts.block(todo[0]["prompt_id"]) as one_by_one:
                 self._sample(todo, self._policy.num_candidates, one_by_one)
         self._reporter.flush()
-        return pa.Table.from_pylist(rows, schema=block.schema)
+        return schemas.with_templates(pa.Table.from_pylist(rows, schema=block.schema), self._templates)
 
     def _lacking(self, row: dict[str, Any], number: int) -> list[tuple[Member, int, int]]:
         """This engine's policies with the candidates [first, end) of `number` that the row does not have yet; none after a failure."""

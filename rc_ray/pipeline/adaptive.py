@@ -87,7 +87,7 @@ class AdaptiveGroups(GenerateGroups):
             self._scored.add(1, sum(len(c["token_ids"]) for c in row["candidates"]), int(lacking))
         self._reporter.flush()
         self._scored.flush()
-        return self._table(rows, block.schema)
+        return schemas.with_templates(self._table(rows, block.schema), self._templates)
 
     def _rounds(self, rows: list[dict[str, Any]], one_by_one: bool) -> None:
         number, most = self._policy.num_candidates, self._policy.max_candidates

@@ -148,10 +148,12 @@ def make_plan(
     train_cpus = training.num_cpus_per_worker
     if train_cpus is None:
         train_cpus = min(1.0, _floor(cpus * 0.9 / training.num_workers))
-    if training.enabled and (training.num_workers * train_gpus > gpus or training.num_workers * train_cpus > cpus):
+    least = training.least_workers
+    if training.enabled and (least * train_gpus > gpus or least * train_cpus > cpus):
+        name = "num_workers" if training.min_workers is None else "min_workers"
         raise ClusterError(
-            f"training.num_workers = {training.num_workers} x ({train_cpus:g} CPU, {train_gpus:g} GPU) does not fit the cluster's "
-            f"{cpus:g} CPUs and {gpus:g} GPUs; lower num_workers or the share per worker"
+            f"training.{name} = {least} x ({train_cpus:g} CPU, {train_gpus:g} GPU) does not fit the cluster's "
+            f"{cpus:g} CPUs and {gpus:g} GPUs; lower {name} or the share per worker"
         )
     first = pools[next(iter(engines))]  # the others are as large
     num_engines = len(engines) * first.largest

@@ -65,9 +65,14 @@ def engines_of(members: tuple[Member, ...]) -> list[tuple[Member, ...]]:
 def model_names(config: Config) -> dict[str, tuple[str, str | None, bool]]:
     """Everything that sampling and training load, by its key in the manifest: name, revision, whether it is an adapter."""
     names: dict[str, tuple[str, str | None, bool]] = {config.model: (config.model, config.revision, False)}
-    for member in members_of(config):
-        own = names.get(member.model, (member.model, member.revision, False)) == (member.model, member.revision, False)
-        names[member.model if own else f"{member.model}@{member.revision or 'main'}"] = (member.model, member.revision, False)
+    members, reference = members_of(config), config.training.reference
+    named = [(member.model, member.revision) for member in members]
+    if config.training.enabled and reference.model is not None:
+        named.append((reference.model, reference.revision))
+    for model, revision in named:
+        own = names.get(model, (model, revision, False)) == (model, revision, False)
+        names[model if own else f"{model}@{revision or 'main'}"] = (model, revision, False)
+    for member in members:
         if member.adapter is not None:
             names[member.adapter] = (member.adapter, None, True)
     return names
@@ -102,13 +107,15 @@ class Policy:
             yield member, first, end
 
 
-def policy_of(config: Config, model: str | None = None, num_candidates: int | None = None) -> Policy:
+def policy_of(
+    config: Config, model: str | None = None, num_candidates: int | None = None, adapter: str | None = None
+) -> Policy:
     """The policy that a configuration samples training candidates from; given a number of candidates, the one that it trains and
-    evaluates, or another model, sampled in the same way."""
+    evaluates, perhaps with an adapter, or another model, sampled in the same way."""
     if model is None and num_candidates is None:
         members = members_of(config)
     else:
-        members = (Member(ONLY, model or config.model, None if model else config.revision, config.trust_remote_code),)
+        members = (Member(ONLY, model or config.model, None if model else config.revision, config.trust_remote_code, adapter),)
     return Policy(
         members=members,
         generation=config.generation,

@@ -39,6 +39,8 @@ class StageProgress:
     ready_s: float = 0.0
     updated_s: float = 0.0
     load: Load = field(default_factory=Load)
+    words: str = ""
+    """What else there is to say of it now."""
 
     def line(self) -> str:
         """`sample  32/96 prompts  33 %  105 tok/s  ETA 1m 20s`."""
@@ -56,6 +58,8 @@ class StageProgress:
             parts.append(f"ETA {duration((self.total - self.done) * elapsed / fresh)}")
         else:
             parts.append("working" if self.ready_s > self.started_s else "starting")
+        if self.words:
+            parts.append(self.words)
         return "  ".join(parts)
 
 
@@ -110,6 +114,12 @@ class ProgressBoard(AttemptBook):
             stage.tokens += tokens
             stage.failed += failed
             stage.updated_s = time.monotonic()
+
+    def say(self, name: str, words: str) -> None:
+        """Sets what stands at the end of a stage's line."""
+        stage = self._stages.get(name)
+        if stage is not None:
+            stage.words = words
 
     def add_load(self, name: str, load: Load) -> None:
         """Adds what a stage's engines did."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from rc_ray.config import Config, fingerprint, load_config
 from rc_ray.core.statistics import Interval
-from rc_ray.errors import ClusterError, ResumeError
+from rc_ray.errors import ClusterError, ConfigError, ResumeError
 from rc_ray.evaluation.compare import Comparison, ObjectiveComparison
 from rc_ray.generation.load import load_line
 from rc_ray.ledger import rundir
@@ -77,6 +77,7 @@ class RunResult:
         if "pilot" in self.metrics:
             shown += pilot_lines(self.metrics["pilot"])
         if "training" in self.metrics:
+            shown += [f"training       {line}" for line in self.metrics["training"]["remarks"]]
             shown.append(f"model          {self.model}")
         return [*shown, f"report         {self.run_dir}/report/index.html"]
 
@@ -116,6 +117,10 @@ def run(
     """
     started = time.monotonic()
     resolved = load_config(config, overrides)
+    if resolved.rounds.number > 1:
+        raise ConfigError(
+            f"rounds.number = {resolved.rounds.number}: a stage is of one round; give the run directory of that round, {resolved.output}/round-N"
+        )
     hashes = stages.check(resolved)
     emit(f"rc_ray    run directory {resolved.output}, configuration {fingerprint(resolved)[:8]}")
     with _told_what_to_do(resolved.output), DriverLock(Folder.at(resolved.output), emit):

@@ -39,7 +39,7 @@ from rc_ray.rewards.code import named_code, read_code
 from rc_ray.rewards.custom import load_class
 from rc_ray.rewards.figures import Scoring, remarks
 from rc_ray.rewards.rule import load_function
-from rc_ray.training.arguments import check_dpo_arguments
+from rc_ray.training.arguments import check_training
 
 PROMPTS, EVAL_PROMPTS, SAMPLE, SCORE, SELECT, TRAIN, EVALUATE = (
     "prompts", "eval_prompts", "sample", "score", "select", "train", "evaluate",
@@ -64,7 +64,7 @@ def check(config: Config) -> dict[str, str]:
         DataError, ModelError, ConfigError, ResumeError: the first thing that is wrong.
     """
     check_engine_arguments(config.generation.engine)
-    check_dpo_arguments(config.training.trl)
+    check_training(config.training)
     hashes = {PROMPTS: sources.check_source("prompts", config.prompts), **check_rewards(config)}
     if config.evaluation.prompts is not None:
         hashes[EVAL_PROMPTS] = sources.check_source("evaluation.prompts", config.evaluation.prompts)
@@ -100,6 +100,9 @@ def check_rewards(config: Config) -> dict[str, str]:
 
 def _check_policies(config: Config) -> None:
     named = {"model": (config.model, config.revision)}
+    reference = config.training.reference
+    if config.training.enabled and reference.model is not None:
+        check_model("training.reference.model", reference.model, reference.revision)
     for member in members_of(config):
         field = f"generation.policies.{member.name}" if config.generation.policies else "generation"
         if (member.model, member.revision) not in named.values():
@@ -203,7 +206,10 @@ def training_groups(config: Config, run: RunDir) -> GroupRun:
 def evaluation_groups(config: Config, run: RunDir) -> dict[str, GroupRun]:
     """Held-out prompts sampled from the policy before and after training."""
     number = config.evaluation.num_samples
-    policies = {"before": policy_of(config, None, number), "after": policy_of(config, run.model.uri, number)}
+    training = config.training
+    only_lora = training.lora_rank is not None and not training.merge_adapter
+    after = {"adapter": run.model.uri} if only_lora else {"model": run.model.uri}
+    policies = {"before": policy_of(config, None, number), "after": policy_of(config, num_candidates=number, **after)}
     return {
         side: GroupRun(
             policies[side], run.eval_prompts, run.report / side, run.ledger, EVAL_PROMPTS, f"sample_{side}", f"score_{side}"

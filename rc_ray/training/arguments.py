@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import ast
 import difflib
+from collections.abc import Iterable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from rc_ray.config import TrainingConfig
 from rc_ray.errors import ConfigError
 
 # Class and file, each with the fields that it adds to those of the next.
 SOURCES = (("trl", "trainer/dpo_config.py"), ("trl", "trainer/base_config.py"), ("transformers", "training_args.py"))
 # Set from other options, or by what rc_ray does itself.
 TAKEN = {
-    "output_dir": "output", "per_device_train_batch_size": "training.per_device_batch_size", "gradient_accumulation_steps": "training.global_batch_size",
+    "output_dir": "output", "report_to": "training.report_to", "run_name": "output", "loss_types": "training.loss_type", "per_device_train_batch_size": "training.per_device_batch_size", "gradient_accumulation_steps": "training.global_batch_size",
     "learning_rate": "training.learning_rate", "warmup_steps": "training.warmup_steps", "num_train_epochs": "training.num_epochs",
     "max_steps": "training.max_steps", "beta": "training.beta", "loss_type": "training.loss_type", "max_length": "training.max_length",
     "bf16": "training.dtype", "use_cpu": "the cluster", "gradient_checkpointing": "training.gradient_checkpointing",
@@ -29,6 +31,10 @@ IMPOSSIBLE = {
     "ld_alpha": "weighs the reference's tokens, of which only sums are kept",
     "sync_ref_model": "changes the reference while it trains, whose log-probs are computed beforehand",
 }
+LOSSES = (
+    "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down",
+    "discopop", "sft",
+)  # fmt: skip
 # accelerate takes no notice of these on CPUs.
 SHARDING = frozenset({"fsdp", "fsdp_config", "deepspeed"})
 
@@ -48,15 +54,40 @@ def dpo_arguments() -> frozenset[str]:
     return frozenset(name for name in names if not name.startswith("_"))
 
 
-def check_dpo_arguments(given: dict[str, Any], on_gpu: bool = True) -> None:
-    """Checks the keys of `training.trl`.
+def check_training(training: TrainingConfig, on_gpu: bool | None = None) -> None:
+    """Checks what other libraries must know or have: losses, `training.trl`, trackers, quantization.
 
     Args:
-        on_gpu: whether workers have GPUs.
+        on_gpu: whether workers have GPUs; None: not known yet.
 
     Raises:
-        ConfigError: TRL has no such field, it is another option's, or it cannot be.
+        ConfigError: TRL has no such loss or field, an option is another one's, or it cannot be here.
     """
+    for loss in training.losses:
+        if loss not in LOSSES:
+            raise ConfigError(f"training.loss_type = {loss!r}: TRL has no such loss{_hint(loss, LOSSES)}")
+    weights = training.trl.get("loss_weights")
+    if weights is not None and (not isinstance(weights, list) or len(weights) != len(training.losses)):
+        raise ConfigError(
+            f"training.trl.loss_weights = {weights!r}: must be a list with a number for each of training.loss_type = {training.losses}"
+        )
+    for tracker in training.report_to:
+        if find_spec(tracker) is None:
+            raise ConfigError(
+                f"training.report_to = {tracker!r}: the package is not installed; `pip install {tracker}` here and on all nodes, or leave it out"
+            )
+    if training.quantization != "none" and on_gpu is False:
+        raise ConfigError(
+            f"training.quantization = {training.quantization!r}: needs GPUs, and training workers have none; leave it out, or train on GPUs"
+        )
+    if training.quantization != "none" and find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"training.quantization = {training.quantization!r}: needs the package bitsandbytes; `pip install bitsandbytes` here and on all nodes"
+        )
+    _check_trl(training.trl, on_gpu)
+
+
+def _check_trl(given: dict[str, Any], on_gpu: bool | None) -> None:
     known = dpo_arguments()
     for name, value in given.items():
         field = f"training.trl.{name} = {value!r}"
@@ -64,11 +95,14 @@ def check_dpo_arguments(given: dict[str, Any], on_gpu: bool = True) -> None:
             raise ConfigError(f"{field}: is set by {TAKEN[name]}; leave it out here")
         if name in IMPOSSIBLE:
             raise ConfigError(f"{field}: {IMPOSSIBLE[name]}; leave it out")
-        if name in SHARDING and not on_gpu:
+        if name in SHARDING and on_gpu is False:
             raise ConfigError(
                 f"{field}: is ignored without a GPU, so that every worker would hold the whole model; leave it out, or train on GPUs"
             )
         if known and name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "see the documentation of `trl.DPOConfig` for the names"
-            raise ConfigError(f"{field}: TRL's DPOConfig has no such field; {hint}")
+            raise ConfigError(f"{field}: TRL's DPOConfig has no such field{_hint(name, known)}")
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else "; see the documentation of `trl.DPOConfig` for the names"

@@ -2,7 +2,7 @@
 
     loss = -log sigma(beta [(log pi(y_w) - log pi(y_l)) - (log pi_ref(y_w) - log pi_ref(y_l))])          (TRL's; arXiv 2305.18290)
 
-The reference is the policy that training starts from; its log-probs are columns, computed beforehand (`reference.py`), so that no reference model is in the
+The reference is the policy that training starts from unless `training.reference.model` is another; its log-probs are columns, computed beforehand (`reference.py`), so that no reference model is in the
 training process. Every worker reads the tokens itself and Hugging Face's sampler shards them by rank and seed.
 
 Invariant: no pair is cut; what is wrong with pairs is found before any step (`pairs.py`). The last batch of an epoch is filled up with pairs from its
@@ -11,10 +11,13 @@ beginning, and how many is said. A finished training trains no step when it is r
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import resource
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -22,14 +25,18 @@ import pyarrow as pa
 from rc_ray.config import Config, TrainingConfig
 from rc_ray.errors import ConfigError, DataError
 from rc_ray.ledger.storage import Folder
+from rc_ray.models.identity import model_identity
 from rc_ray.models.resolve import local_model
-from rc_ray.training.arguments import check_dpo_arguments
+from rc_ray.training.arguments import check_training
+from rc_ray.training.card import model_card
+from rc_ray.training.curves import live_words, logp_changes, training_remarks
 from rc_ray.training.pairs import PairCounts
 from rc_ray.training.recipes import objective_weights
 from rc_ray.training.reference import look, pairs_task, reference_logps
-from rc_ray.training.workers import checkpoint_callback, fit, join, leave, remove, save, save_model
+from rc_ray.training.workers import checkpoint_callback, fit, join, leave, remove, save
 
-EXPERIMENT, RECORD = "dpo", "rc_ray_training.json"
+EXPERIMENT, RECORD, OUTCOME = "dpo", "rc_ray_training.json", "outcome.json"
+RUNS = "runs"
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,8 @@ class TrainingTask:
     """Of the rewards' differences in `tokens`."""
     output: Folder
     work: Folder
+    curves: Folder
+    """TensorBoard's files while it runs."""
     training: TrainingConfig
     seed: int
     steps: int
@@ -100,14 +109,15 @@ def train_dpo(
         cache: keeps the reference's log-probs, unless `training.reference.folder` says where.
 
     Returns:
-        Facts: pairs, steps, repeated pairs, max_length, and the log history of rank 0.
+        Facts: those of `Preflight`, the recipe, hashes of data and reference, the log history of rank 0, the most memory that its process took
+        (MiB), changes of log-probs (`curves.logp_changes`), what the user should know (`remarks`), and the share of padding in the reference pass where there was one.
 
     Raises:
         DataError: see `preflight`.
         ClusterError: training failed more often than max_failures.
     """
     training = config.training
-    check_dpo_arguments(training.trl, train_gpus > 0)
+    check_training(training, train_gpus > 0)
     facts, counts = _look(config, pairs, train_cpus)
     objectives = sorted(counts.rewards)
     _check_recipe(training, objectives)
@@ -116,7 +126,7 @@ def train_dpo(
     if training.recipe not in ("sequential", "soup"):
         scales = {name: (low, high) for name, (low, high) in counts.rewards.items()}
         prepared = {"objective": training.primary, "scales": scales if training.recipe == "reward_augmented" else None}
-        done = _train_one(config, pairs, prepared, objectives, output, work, kept, resources, board, stage)
+        done = _train_one(config, pairs, prepared, objectives, output, work, work / RUNS, kept, resources, board, stage)
     else:
         done = {"log_history": []}
         models: list[Folder] = []
@@ -128,22 +138,38 @@ def train_dpo(
                 given = config.model_copy(update={"model": models[-1].uri, "revision": None})
             if not target.exists(RECORD):
                 found = _train_one(
-                    given, pairs, {"objective": name}, objectives, target, work / name, kept, resources, board, stage
+                    given,
+                    pairs,
+                    {"objective": name},
+                    objectives,
+                    target,
+                    work / "parts" / name,
+                    work / RUNS / name,
+                    kept,
+                    resources,
+                    board,
+                    stage,
                 )
                 target.write_json(RECORD, found)
             done = {**done, **(record := target.read_json(RECORD)), "log_history": done["log_history"] + record["log_history"]}
             models.append(target)
         output.remove(RECORD)
         if training.recipe == "soup":
+            done.pop("logp_changes", None)  # of the last model alone
             _on_a_node(average, train_cpus, models, objective_weights(training, objectives), output)
+    found = {**asdict(facts), **done, "recipe": training.recipe}
+    found["remarks"] = training_remarks(found)
+    if (work / RUNS).exists():
+        (work / RUNS).copy_to(output / RUNS)
+    output.write_bytes("README.md", model_card(config, found).encode())
     if work.exists():
         remove(work)
-    return {**asdict(facts), **done, "recipe": training.recipe}
+    return found
 
 
 def _look(config: Config, pairs: Folder, num_cpus: float) -> tuple[Preflight, PairCounts]:
     training = config.training
-    counts = look(config, pairs, training.num_workers, min(1.0, num_cpus))
+    counts = look(config, pairs, training.least_workers, min(1.0, num_cpus))
     counts.check(pairs.uri, training.max_length, training.max_too_long_fraction)
     return _facts(training, counts), counts
 
@@ -180,7 +206,7 @@ def _check_recipe(training: TrainingConfig, objectives: list[str]) -> None:
 
 
 def _train_one(
-    config: Config, pairs: Folder, prepared: dict[str, Any], objectives: list[str], output: Folder, work: Folder, cache: Folder,
+    config: Config, pairs: Folder, prepared: dict[str, Any], objectives: list[str], output: Folder, work: Folder, curves: Folder, cache: Folder,
     resources: tuple[float, float], board: Any, stage: str,
 ) -> dict[str, Any]:  # fmt: skip
     """One training of one policy, on pairs that are `prepared` for the recipe."""
@@ -189,7 +215,7 @@ def _train_one(
     from rc_ray.generation.hardware import num_cores
 
     training, (num_cpus, num_gpus) = config.training, resources
-    actors = training.reference.num_actors or training.num_workers
+    actors = training.reference.num_actors or training.least_workers
     reading = replace(pairs_task(config, pairs, num_gpus > 0, max(1, num_cores() // actors)), **prepared)
     tokens, names, counts = reference_logps(reading, cache, actors, num_cpus, num_gpus)
     if counts.num_pairs == counts.problems["too_long"]:
@@ -205,6 +231,7 @@ def _train_one(
         objectives=objectives,
         output=output,
         work=work,
+        curves=curves,
         training=training,
         seed=config.seed,
         steps=facts.steps,
@@ -221,9 +248,15 @@ def _train_one(
         num_cpus,
         num_gpus,
         training.max_failures,
+        training.min_workers,
     )
-    history = (work / EXPERIMENT).read_json("log_history.json")
-    return {**asdict(facts), "log_history": history}
+    outcome = (work / EXPERIMENT).read_json(OUTCOME)
+    found = {**asdict(facts), **outcome, "logp_changes": logp_changes(outcome["log_history"], training.beta)}
+    found["reference"] = model_identity(reading.reference, reading.reference_revision)
+    found["data_fingerprint"] = hashlib.blake2b("".join(names).encode(), digest_size=16).hexdigest()
+    if counts.num_padded_tokens:
+        found["reference_padding_share"] = round(1 - counts.num_read_tokens / counts.num_padded_tokens, 4)
+    return found
 
 
 def _on_a_node(function: Any, num_cpus: float, *arguments: Any) -> None:
@@ -256,12 +289,14 @@ def average(models: list[Folder], weights: list[float], output: Folder) -> None:
 def _worker(loop_config: dict[str, Any]) -> None:
     """One Ray Train worker."""
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    import torch
+    from concurrent.futures import ThreadPoolExecutor
+
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoTokenizer, TrainerCallback, set_seed
     from transformers.trainer_callback import PrinterCallback
     from trl import DPOConfig
 
+    from rc_ray.training.policy import finish_lora, in_bfloat16, load_policy, lora_of, write_policy
     from rc_ray.training.trainer import ReferenceDPOTrainer
 
     task: TrainingTask = loop_config["task"]
@@ -275,9 +310,21 @@ def _worker(loop_config: dict[str, Any]) -> None:
                 # TRL counts tokens from the beginning (or the resumed step) on.
                 tokens = int(logs.get("num_tokens", 0))
                 board.advance.remote(task.stage, training.global_batch_size, max(0, tokens - self._tokens))
+                board.say.remote(task.stage, live_words(logs))
                 self._tokens = tokens
 
+        def on_save(self, *_: Any, **__: Any) -> None:
+            keep_curves()
+
         _tokens = 0
+
+    # A folder that all nodes reach is written at once, so that it can be watched; another one at every checkpoint.
+    curves = Path(task.curves.filesystem()[1]) if task.curves.is_local else place.shared / RUNS
+    os.environ |= {"TENSORBOARD_LOGGING_DIR": str(curves), "WANDB_DIR": str(place.shared)}
+
+    def keep_curves() -> None:
+        if place.rank == 0 and not task.curves.is_local and curves.exists():
+            task.curves.upload(curves)
 
     path = local_model(task.model)
     options = {"revision": task.revision, "trust_remote_code": task.trust_remote_code}
@@ -286,49 +333,62 @@ def _worker(loop_config: dict[str, Any]) -> None:
     state = json.loads((resume / "trainer_state.json").read_text()) if resume else {"global_step": 0}
     if place.rank == 0:
         board.advance.remote(task.stage, state["global_step"] * training.global_batch_size, 0)
+    set_seed(task.seed)  # a LoRA begins at random
+    with ThreadPoolExecutor(8) as pool:
+        rows = pa.concat_tables(pool.map(task.tokens.read_table, task.names))
+    trainer = ReferenceDPOTrainer(
+        training,
+        task.objectives,
+        model=load_policy(path, training, task.on_gpu, **options),
+        peft_config=lora_of(training),
+        args=DPOConfig(
+            output_dir=str(place.shared),
+            per_device_train_batch_size=training.per_device_batch_size,
+            gradient_accumulation_steps=training.global_batch_size // (place.world * training.per_device_batch_size),
+            learning_rate=training.learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=training.warmup_steps,
+            num_train_epochs=training.num_epochs,
+            max_steps=training.max_steps or -1,
+            beta=training.beta,
+            loss_type=training.losses,
+            max_length=task.max_length,
+            bf16=in_bfloat16(training, task.on_gpu),
+            use_cpu=not task.on_gpu,
+            gradient_checkpointing=training.gradient_checkpointing,
+            save_strategy="steps",
+            save_steps=training.save_every_steps,
+            save_total_limit=1,
+            logging_steps=1,
+            report_to=training.report_to or "none",
+            run_name=task.output.uri.rstrip("/").rsplit("/", 1)[-1],
+            disable_tqdm=True,
+            seed=task.seed,
+            precompute_ref_log_probs=True,
+            **training.trl,
+        ),
+        train_dataset=Dataset(rows),
+        processing_class=tokenizer,
+        callbacks=[checkpoint_callback(place), Progress()],
+    )
+    trainer.remove_callback(PrinterCallback)
     if resume is not None and state["global_step"] >= task.steps:
         # Killed between the last checkpoint and the saved model. The Hugging Face trainer would train one step more.
-        model, history = AutoModelForCausalLM.from_pretrained(resume, dtype=torch.float32), state["log_history"]
+        trainer._load_from_checkpoint(str(resume))
+        history = state["log_history"]
     else:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True, **options)
-        trainer = ReferenceDPOTrainer(
-            training,
-            task.objectives,
-            model=model,
-            args=DPOConfig(
-                output_dir=str(place.shared),
-                per_device_train_batch_size=training.per_device_batch_size,
-                gradient_accumulation_steps=training.global_batch_size // (place.world * training.per_device_batch_size),
-                learning_rate=training.learning_rate,
-                lr_scheduler_type="linear",
-                warmup_steps=training.warmup_steps,
-                num_train_epochs=training.num_epochs,
-                max_steps=training.max_steps or -1,
-                beta=training.beta,
-                loss_type=[training.loss_type],
-                max_length=task.max_length,
-                bf16=training.dtype == "bfloat16" or (task.on_gpu and training.dtype == "auto"),
-                use_cpu=not task.on_gpu,
-                gradient_checkpointing=training.gradient_checkpointing,
-                save_strategy="steps",
-                save_steps=training.save_every_steps,
-                save_total_limit=1,
-                logging_steps=1,
-                report_to="none",
-                disable_tqdm=True,
-                seed=task.seed,
-                precompute_ref_log_probs=True,
-                **training.trl,
-            ),
-            train_dataset=Dataset(pa.concat_tables([task.tokens.read_table(name) for name in task.names])),
-            processing_class=tokenizer,
-            callbacks=[checkpoint_callback(place), Progress()],
-        )
-        trainer.remove_callback(PrinterCallback)
         board.ready.remote(task.stage)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        model, history = trainer.accelerator.unwrap_model(trainer.model), trainer.state.log_history
-    save_model(place, task.output, model, tokenizer)
+        history = trainer.state.log_history
+    # Of this process, kibibytes on Linux.
+    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    final = place.shared / "final"
+    write_policy(trainer, final)
     if place.rank == 0:
-        (task.work / EXPERIMENT).write_json("log_history.json", history)
+        del trainer
+        if training.lora_rank is not None:
+            finish_lora(final, training, task.model, **options)
+        task.output.upload(final)
+        keep_curves()
+        (task.work / EXPERIMENT).write_json(OUTCOME, {"log_history": history, "peak_memory_mib": round(peak_mib, 1)})
     leave(place)

@@ -24,6 +24,8 @@ PROBLEMS = {
     "prompt_not_prefix": "has a prompt whose tokens are not the beginning of prompt and answer, so the policy would learn after a text that it never "
     "sees when it answers; use a chat template that renders a prompt the same way with and without an answer",
     "missing_eos": "has an answer without an end-of-sequence token after it, so the policy would learn never to stop; use a chat template that writes it",
+    "template_mismatch": "was sampled with another tokenizer or chat template than this model's; train the model that it was sampled with, or allow it with "
+    "training.allow_other_template: true",
     "too_long": "is longer than training.max_length",
 }
 
@@ -37,6 +39,10 @@ class PairCounts:
     """Tokens of prompt and answer, of pairs that fit."""
     num_tokens: int = 0
     """Of prompts and answers, of pairs that fit."""
+    num_read_tokens: int = 0
+    """That the reference has read; 0 where all log-probs were there."""
+    num_padded_tokens: int = 0
+    """The same with padding."""
     problems: Counter[str] = field(default_factory=Counter)
     """Pairs by what is wrong with them."""
     examples: dict[str, str] = field(default_factory=dict)
@@ -49,6 +55,8 @@ class PairCounts:
         self.num_pairs += other.num_pairs
         self.longest = max(self.longest, other.longest)
         self.num_tokens += other.num_tokens
+        self.num_read_tokens += other.num_read_tokens
+        self.num_padded_tokens += other.num_padded_tokens
         self.problems.update(other.problems)
         self.examples = {**other.examples, **self.examples}
         for name, (low, high) in other.rewards.items():
@@ -88,10 +96,11 @@ class PairTokenizer:
         tokenizer: of the policy.
         end_ids: tokens that end an answer, `end_tokens`.
         max_length: most tokens of prompt and answer; None: no limit.
+        template: `template_hash` of the tokenizer, for pairs of which it is known what they were sampled with; None: anything goes.
     """
 
-    def __init__(self, tokenizer: Any, end_ids: frozenset[int], max_length: int | None) -> None:
-        self._tokenizer, self._end_ids, self._max_length = tokenizer, end_ids, max_length
+    def __init__(self, tokenizer: Any, end_ids: frozenset[int], max_length: int | None, template: str | None = None) -> None:
+        self._tokenizer, self._end_ids, self._max_length, self._template = tokenizer, end_ids, max_length, template
         self._writes_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         self._blank = frozenset(tokenizer(each, add_special_tokens=False)["input_ids"][0] for each in ("\n", " ", "\n\n"))
 
@@ -99,7 +108,7 @@ class PairTokenizer:
         """The pairs that can be trained on, as {row, prompt_ids, chosen_ids, rejected_ids}, and counts of all.
 
         Args:
-            rows: with prompt, chosen, rejected as message lists.
+            rows: with prompt, chosen, rejected as message lists, and `templates` that they were sampled with, where these are known.
             first: number of the first row, for messages.
         """
         kept, counts = [], PairCounts()
@@ -154,6 +163,8 @@ class PairTokenizer:
             return "prompt_not_prefix"
         if not all(self._ends(ids[f"{side}_ids"]) for side in SIDES):
             return "missing_eos"
+        if row.get("templates") and self._template not in (None, *row["templates"]):
+            return "template_mismatch"
         longest = len(ids["prompt_ids"]) + max(len(ids[f"{side}_ids"]) for side in SIDES)
         return "too_long" if self._max_length is not None and longest > self._max_length else None
 

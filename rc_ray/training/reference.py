@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,9 @@ import pyarrow.parquet as pq
 
 from rc_ray import errors
 from rc_ray.config import Config
+from rc_ray.core import schemas
 from rc_ray.errors import DataError, ModelError, RcRayError
+from rc_ray.generation.render import template_hash
 from rc_ray.ledger.storage import Folder
 from rc_ray.models.identity import model_identity
 from rc_ray.models.resolve import local_model
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
 COLUMNS = ["prompt", "chosen", "rejected"]
 REWARDS = ["rewards_chosen", "rewards_rejected"]
 REFERENCE = [f"ref_{side}_logps" for side in SIDES]
-SLICE_ROWS = 512
+SLICE_ROWS = 64
 # Pairs whose given reference log-probs are computed again, and how far the two may differ, relative to the larger of 1 and the log-prob.
 NUM_CHECKED, TOLERANCE = 8, {"float32": 1e-2, "bfloat16": 0.05, "float16": 0.05}
 TOKENS = pa.schema(
@@ -69,10 +72,14 @@ class PairsTask:
     dtype: str
     max_batch_tokens: int
     recipe: str
+    reference: str
+    reference_revision: str | None
     objective: str | None = None
     """Whose order the pairs are turned to."""
     scales: dict[str, tuple[float, float]] | None = None
     """For `reward_augmented`: smallest and largest reward of each objective."""
+    any_template: bool = False
+    """Whether pairs may be sampled with another template."""
     results: Folder | None = None
     """Where the log-probs go; None: only a look at the pairs."""
 
@@ -107,7 +114,8 @@ class ReadPairs:
             raise ModelError(
                 f"model = {task.model!r}: its tokenizer has no chat template, so messages cannot be rendered; save one with it"
             )
-        return PairTokenizer(tokenizer, end_tokens(path, tokenizer, task.revision), task.max_length)
+        template = None if task.any_template else template_hash(tokenizer)
+        return PairTokenizer(tokenizer, end_tokens(path, tokenizer, task.revision), task.max_length, template)
 
     def _read(self, part: Slice) -> tuple[PairCounts, str]:
         pairs = self._prepared(read_slice(self._task.pairs, part))
@@ -119,10 +127,13 @@ class ReadPairs:
         content = json.dumps([rows, given])
         name = f"{hashlib.blake2b(content.encode(), digest_size=16).hexdigest()}.parquet"
         if not self._task.results.exists(name):
+            before = Counter(self._model.batches.counts if self._model else {})
             scores = self._logps(rows) if all(pair == (None, None) for pair in given) else self._given(given, rows)
             for row, pair in zip(rows, scores, strict=True):
                 row |= dict(zip(REFERENCE, pair, strict=True))
             self._task.results.write_table(name, pa.Table.from_pylist(rows, schema=TOKENS))
+            read = Counter(self._model.batches.counts if self._model else {}) - before
+            counts.num_read_tokens, counts.num_padded_tokens = read["num_tokens"], read["num_padded_tokens"]
         return counts, name
 
     def _prepared(self, table: pa.Table) -> list[dict[str, Any]]:
@@ -157,7 +168,9 @@ class ReadPairs:
             import torch
 
             torch.set_num_threads(task.num_threads)
-        return LanguageModel(task.model, task.revision, task.trust_remote_code, task.dtype, task.on_gpu, task.max_batch_tokens)
+        return LanguageModel(
+            task.reference, task.reference_revision, task.trust_remote_code, task.dtype, task.on_gpu, task.max_batch_tokens
+        )
 
     def _given(self, given: list[tuple[Any, ...]], rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
         """Log-probs that the pairs came with, of which some are computed again."""
@@ -172,7 +185,7 @@ class ReadPairs:
             for side, there, here in zip(SIDES, pair, own, strict=True):
                 if abs(there - here) > tolerance * max(1.0, abs(here)):
                     raise DataError(
-                        f"pairs = {self._task.pairs.uri!r}: ref_{side}_logps of pair {row['row']} is {there:.6g}, and {self._task.model!r} gives {here:.6g} "
+                        f"pairs = {self._task.pairs.uri!r}: ref_{side}_logps of pair {row['row']} is {there:.6g}, and {self._task.reference!r} gives {here:.6g} "
                         f"({self._task.dtype}, tolerance {tolerance:g}); they are of another reference model or template: leave the columns out to have them "
                         "computed, or give the model they are of"
                     )
@@ -218,13 +231,13 @@ def slices(pairs: Folder, recipe: str = "dpo") -> list[Slice]:
 
 
 def read_slice(pairs: Folder, part: Slice) -> pa.Table:
-    """The rows of a slice: prompt, chosen, rejected, and reference log-probs where every file has them."""
+    """The rows of a slice: prompt, chosen, rejected, reference log-probs and rewards where they are, and the templates that they were sampled with."""
     tables = []
     for name, start, count in part.parts:
         table = pairs.read_table(name)
-        tables.append(
-            table.select([c for c in (*COLUMNS, *REWARDS, *REFERENCE) if c in table.column_names]).slice(start, count)
-        )
+        templates = pa.array([schemas.templates_of(table.schema)] * count, pa.list_(pa.string()))
+        table = table.select([c for c in (*COLUMNS, *REWARDS, *REFERENCE) if c in table.column_names]).slice(start, count)
+        tables.append(table.replace_schema_metadata(None).append_column("templates", templates))
     return pa.concat_tables(tables, promote_options="default")
 
 
@@ -238,7 +251,7 @@ def look(config: Config, pairs: Folder, num_actors: int, num_cpus: float) -> Pai
 
 
 def pairs_task(config: Config, pairs: Folder, on_gpu: bool, num_threads: int) -> PairsTask:
-    """What the actors do, for the policy that training starts from, which is the reference."""
+    """What the actors do."""
     training = config.training
     return PairsTask(
         pairs=pairs,
@@ -251,6 +264,9 @@ def pairs_task(config: Config, pairs: Folder, on_gpu: bool, num_threads: int) ->
         dtype=reward_dtype(training.dtype, on_gpu),
         max_batch_tokens=training.reference.max_batch_tokens,
         recipe=training.recipe,
+        reference=training.reference.model or config.model,
+        reference_revision=training.reference.revision if training.reference.model else config.revision,
+        any_template=training.allow_other_template,
     )
 
 
@@ -258,7 +274,9 @@ def reference_logps(
     task: PairsTask, cache: Folder, num_actors: int, num_cpus: float, num_gpus: float
 ) -> tuple[Folder, list[str], PairCounts]:
     """Computes what is not there yet; the folder of the results, their names in the pairs' order, and counts."""
-    key = hashlib.blake2b(f"{model_identity(task.model, task.revision)} {task.dtype}".encode(), digest_size=8).hexdigest()
+    key = hashlib.blake2b(
+        f"{model_identity(task.reference, task.reference_revision)} {task.dtype}".encode(), digest_size=8
+    ).hexdigest()
     task, counts, found = replace(task, results=cache / key), PairCounts(), []
     for first, part, name in _run(task, num_actors, num_cpus, num_gpus):
         counts.add(part)

@@ -27,6 +27,7 @@ def fit(
     num_cpus: float,
     num_gpus: float,
     max_failures: int,
+    min_workers: int | None = None,
 ) -> None:
     """Runs a worker function on the connected cluster until it has ended on every rank.
 
@@ -36,6 +37,7 @@ def fit(
         work: a folder that all nodes reach.
         num_cpus, num_gpus: per worker.
         max_failures: restarts from the last checkpoint before it gives up.
+        min_workers: with so many it may start, and go on with more or fewer as nodes come and go.
 
     Raises:
         ClusterError: it failed more often than `max_failures`.
@@ -45,10 +47,11 @@ def fit(
 
     filesystem, path = work.filesystem()
     resources = {"CPU": num_cpus} | ({"GPU": num_gpus} if num_gpus else {})
+    workers = num_workers if min_workers in (None, num_workers) else (min_workers, num_workers)
     trainer = TorchTrainer(
         worker,
         train_loop_config=loop_config,
-        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=num_gpus > 0, resources_per_worker=resources),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=num_gpus > 0, resources_per_worker=resources),
         run_config=RunConfig(
             name=name,
             storage_path=path,
@@ -147,9 +150,9 @@ def checkpoint_callback(place: Place) -> Any:
             source = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             if place.local_rank == 0:
                 if place.rank != 0:
-                    for file in source.glob("*"):
-                        if not file.name.startswith("rng_state"):
-                            shutil.rmtree(file) if file.is_dir() else file.unlink()
+                    for file in source.glob("*"):  # folders hold the shards of a sharded policy
+                        if file.is_file() and not file.name.startswith("rng_state"):
+                            file.unlink()
                 checkpoint = ray.train.Checkpoint.from_directory(source)
             ray.train.report(
                 {"step": state.global_step}, checkpoint=checkpoint, checkpoint_dir_name=f"step-{state.global_step:06d}"

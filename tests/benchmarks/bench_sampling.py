@@ -31,7 +31,6 @@ import os
 import random
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -40,11 +39,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import ALPACA, MIB, ROOT, Results, begin_rounds, ratios, spread
+from common import ALPACA, MIB, ROOT, Results, Spec, asker, begin_rounds, is_worker, ratios, spread
 
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-Spec = dict[str, Any]
 PARTS = ("engine", "overhead", "volume", "ledger", "adaptive")
 
 
@@ -259,18 +257,7 @@ def ledger_load(spec: Spec) -> Spec:
 WORKERS: dict[str, Callable[[Spec], Spec]] = {f.__name__: f for f in (plain_vllm, ray_data_llm, pipeline, ledger_load)}
 
 
-def ask(name: str, spec: Spec) -> Spec:
-    """Runs a competitor in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "spec.json"
-        path.write_text(json.dumps(spec))
-        command = [sys.executable, __file__, "--worker", name, str(path)]
-        log = Path(folder) / "log"
-        with log.open("w") as file:
-            done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=7200, check=False)
-        if done.returncode:
-            raise SystemExit(f"{name} failed:\n{log.read_text()[-4000:]}")
-        return dict(json.loads((Path(folder) / "result.json").read_text()))
+ask = asker(__file__)
 
 
 def rounds_of(number: int, competitors: dict[str, Callable[[], Spec]]) -> dict[str, list[Spec]]:
@@ -538,9 +525,7 @@ def part_adaptive(results: Results, folder: Path, output: Path, rounds: int) -> 
 
 
 def main() -> int:
-    if sys.argv[1:2] == ["--worker"]:
-        path = Path(sys.argv[3])
-        (path.parent / "result.json").write_text(json.dumps(WORKERS[sys.argv[2]](json.loads(path.read_text()))))
+    if is_worker(WORKERS):
         return 0
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run; default: all")

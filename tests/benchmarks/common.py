@@ -7,7 +7,10 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from rc_ray.ledger.rundir import versions
 ROOT = Path(__file__).parent.parent.parent
 ALPACA = ROOT.parent / "shared" / "data" / "alpaca_eval"
 MIB = 1 << 20
+Spec = dict[str, Any]
 
 
 class Results:
@@ -82,3 +86,30 @@ def begin_rounds(
     results.numbers["machine"] = machine()
     print(json.dumps(results.numbers["machine"]), flush=True)
     return options, output, results, options.rounds or (1 if options.quick else 3)
+
+
+def asker(script: str) -> Callable[[str, Spec], Spec]:
+    """What runs a competitor of this script, by its name, in a process of its own; see `is_worker`."""
+
+    def ask(name: str, spec: Spec) -> Spec:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "spec.json"
+            path.write_text(json.dumps(spec))
+            log = Path(folder) / "log"
+            with log.open("w") as file:
+                command = [sys.executable, script, "--worker", name, str(path)]
+                done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=7200, check=False)
+            if done.returncode:
+                raise SystemExit(f"{name} failed:\n{log.read_text()[-4000:]}")
+            return dict(json.loads((Path(folder) / "result.json").read_text()))
+
+    return ask
+
+
+def is_worker(competitors: Mapping[str, Callable[[Spec], Spec]]) -> bool:
+    """Whether this process is one that `asker` started; then the competitor has run."""
+    if sys.argv[1:2] != ["--worker"]:
+        return False
+    path = Path(sys.argv[3])
+    (path.parent / "result.json").write_text(json.dumps(competitors[sys.argv[2]](json.loads(path.read_text()))))
+    return True

@@ -1,4 +1,4 @@
-"""SIGKILL of the driver in the middle of training: it goes on from its last checkpoint and ends with the same weights."""
+"""SIGKILL in the middle of training, of a worker or of the driver: it goes on from its last checkpoint and ends with the same weights."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,14 +21,25 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return dict(load_file(folder / "model.safetensors"))
 
 
-def kill_at(command: list[str], record: Path, checkpoint: str) -> None:
-    """Starts a training and kills its driver when Ray Train's record of the checkpoints that count names this one."""
+def kill_at(command: list[str], record: Path, checkpoint: str, worker_at: str | None = None) -> None:
+    """Starts a training and kills its driver when Ray Train's record of the checkpoints that count names this one; one of two workers before, at
+    `worker_at`."""
     victim = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 240
-    while not (record.exists() and checkpoint in record.read_text()):
-        assert victim.poll() is None, "training ended before it could be killed"
-        assert time.monotonic() < deadline, "no checkpoint was written"
-        time.sleep(0.05)
+
+    def wait_for(name: str) -> None:
+        deadline = time.monotonic() + 240
+        while not (record.exists() and name in record.read_text()):
+            assert victim.poll() is None, "training ended before it could be killed"
+            assert time.monotonic() < deadline, f"no checkpoint {name} was written"
+            time.sleep(0.05)
+
+    if worker_at is not None:
+        wait_for(worker_at)
+        children = psutil.Process(victim.pid).children(recursive=True)
+        workers = [each for each in children if "TrainWorker" in " ".join(each.cmdline())]
+        assert len(workers) == 2, [" ".join(each.cmdline())[:80] for each in children]
+        workers[1].kill()
+    wait_for(checkpoint)
     victim.kill()
     victim.wait()
     time.sleep(5)  # Ray's processes notice that their driver is gone
@@ -48,16 +60,17 @@ def test_a_killed_training_resumes_to_the_same_weights(finished_run: FinishedRun
         "--set",
         "training.save_every_steps=1",
     ]
-    kill_at(command, run / "ledger" / "training" / "dpo" / "checkpoint_manager_snapshot.json", "step-000002")
+    record = run / "ledger" / "training" / "dpo" / "checkpoint_manager_snapshot.json"
+    kill_at(command, record, "step-000003", worker_at="step-000001")
     assert not (run / "model").exists()
 
     resumed = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
-    # The first line after the start shows the two steps of four pairs that were there already.
+    # The first line after the start shows the three steps of four pairs that were there already.
     steps = [
         int(line.split()[1].split("/")[0]) for line in resumed.stdout.splitlines() if line.startswith("train ") and "/" in line
     ]
-    assert next(done for done in steps if done) >= 8
+    assert next(done for done in steps if done) >= 12
     before, after = weights(finished_run.folder / "model"), weights(run / "model")
     assert all(torch.allclose(before[name], after[name], rtol=0, atol=1e-6) for name in before)
 

@@ -4,91 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from rc_ray.config import load_config
-from rc_ray.config.schema import Recipe
+from rc_ray.config.training import Recipe
 from rc_ray.errors import ConfigError, DataError
 from rc_ray.ledger.storage import Folder
-from rc_ray.pipeline.cluster import connected
-from rc_ray.training.dpo import train_dpo
 from rc_ray.training.recipes import RECIPES
-
-NUM_PAIRS = 24
-ANSWERS = ("hello", "you are")
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`kind` always prefers the first answer; `brief` the second one where the prompt says so, and in the first pair neither."""
-    folder = tmp_path_factory.mktemp("recipes") / "pairs"
-    folder.mkdir()
-    rewards = pa.struct([("kind", pa.float32()), ("brief", pa.float32())])
-    rows = [
-        {
-            "prompt": [{"role": "user", "content": f"{'be brief, ' if i % 3 == 2 else 'question'} {i}"}],
-            "chosen": [{"role": "assistant", "content": ANSWERS[0]}],
-            "rejected": [{"role": "assistant", "content": ANSWERS[1]}],
-            "rewards_chosen": {"kind": 1.0, "brief": 0.0 if i % 3 == 2 else 1.0},
-            "rewards_rejected": {"kind": 0.0, "brief": 1.0 if i in (0, *range(2, NUM_PAIRS, 3)) else 0.0},
-        }
-        for i in range(NUM_PAIRS)
-    ]
-    table = pa.table({key: [row[key] for row in rows] for key in ("prompt", "chosen", "rejected")})
-    for key in ("rewards_chosen", "rewards_rejected"):
-        table = table.append_column(key, pa.array([row[key] for row in rows], rewards))
-    pq.write_table(table, folder / "a.parquet")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def board() -> Iterator[Any]:
-    from rc_ray.config import ClusterConfig
-    from rc_ray.pipeline.progress import start_board
-
-    with connected(ClusterConfig()):
-        yield start_board()
-
-
-def train(policy: Path, pairs: Path, folder: Path, board: Any, **training: Any) -> dict[str, Any]:
-    options = {
-        "num_workers": 2,
-        "global_batch_size": 4,
-        "per_device_batch_size": 2,
-        "learning_rate": 1e-3,
-        "num_epochs": 2,
-        **training,
-    }
-    rule = {"kind": "rule", "function": "rc_ray.rewards.rules:length_near", "args": {"target_words": 3}}
-    config = load_config(
-        {
-            "model": str(policy),
-            "output": str(folder),
-            "prompts": {"path": "p"},
-            "rewards": {"kind": rule, "brief": rule},
-            "training": options,
-        }
-    )
-    at = [Folder.at(folder / name) for name in ("model", "work", "cache")]
-    return train_dpo(config, Folder.at(pairs), at[0], at[1], 1.0, 0.0, board, at[2])
-
-
-def preference(folder: Path) -> float:
-    """log p(first answer) - log p(second), of a prompt that was not trained on."""
-    from rc_ray.rewards.language_model import LanguageModel
-
-    model = LanguageModel(str(folder), None, False, "float32", False, 4096)
-    first, second = model.logprobs([[{"role": "user", "content": "question 99"}]] * 2, list(ANSWERS))
-    assert first.value is not None
-    assert second.value is not None
-    return first.value - second.value
-
+from tests.integration.conftest import preference, train
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "modpo": {"primary": "kind", "weights": {"kind": 0.8, "brief": 0.2}},
@@ -97,8 +24,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("recipe", get_args(Recipe))
-def test_a_recipe_lowers_its_own_loss(recipe: str, tiny_policy: Path, pairs: Path, tmp_path: Path, board: Any) -> None:
-    facts = train(tiny_policy, pairs, tmp_path, board, recipe=recipe, **OPTIONS.get(recipe, {}))
+def test_a_recipe_lowers_its_own_loss(
+    recipe: str, tiny_policy: Path, objective_pairs: Path, tmp_path: Path, board: Any
+) -> None:
+    facts = train(tiny_policy, objective_pairs, tmp_path, board, recipe=recipe, **OPTIONS.get(recipe, {}))
     losses = [entry["loss"] for entry in facts["log_history"] if "loss" in entry]
     stages = 2 if recipe in ("sequential", "soup") else 1
     steps = len(losses) // stages
@@ -129,12 +58,14 @@ def test_a_soup_is_the_mean_of_its_policies(tiny_policy: Path, tmp_path: Path) -
     assert all((0.25 * a[name] + 0.75 * b[name] - mean[name]).abs().max() < 1e-6 for name in a)
 
 
-def test_names_that_the_pairs_do_not_have_are_refused(tiny_policy: Path, pairs: Path, tmp_path: Path, board: Any) -> None:
+def test_names_that_the_pairs_do_not_have_are_refused(
+    tiny_policy: Path, objective_pairs: Path, tmp_path: Path, board: Any
+) -> None:
     with pytest.raises(ConfigError, match=r"training\.weights: the pairs have no rewards for 'wit'; they have brief, kind"):
-        train(tiny_policy, pairs, tmp_path, board, recipe="mix", weights={"kind": 1, "wit": 1})
+        train(tiny_policy, objective_pairs, tmp_path, board, recipe="mix", weights={"kind": 1, "wit": 1})
     bare = tmp_path / "bare"
     bare.mkdir()
-    pq.write_table(pq.read_table(pairs / "a.parquet", columns=["prompt", "chosen", "rejected"]), bare / "a.parquet")
+    pq.write_table(pq.read_table(objective_pairs / "a.parquet", columns=["prompt", "chosen", "rejected"]), bare / "a.parquet")
     with pytest.raises(DataError, match=r"has no column rewards_chosen, rewards_rejected.*recipe mix"):
         train(tiny_policy, bare, tmp_path, board, recipe="mix")
 
@@ -156,9 +87,13 @@ def test_recipes_are_listed_with_a_line_each() -> None:
         ({"recipe": "mix", "weights": {"a": -1}}, "must not be negative"),
         ({"recipe": "modpo", "primary": "a", "weights": {"b": 1}}, "divides by the weight of its primary objective"),
         ({"recipe": "raco", "loss_type": "ipo"}, "has a loss of its own"),
+        ({"merge_adapter": False}, "merge_adapter has no effect without lora_rank"),
+        ({"lora_rank": 4, "merge_adapter": False, "recipe": "soup"}, "merge_adapter must be true for recipe soup"),
+        ({"num_workers": 2, "min_workers": 3}, r"min_workers \(3\) is above num_workers"),
+        ({"num_workers": 4, "min_workers": 2}, r"with 3 workers the global_batch_size \(32\) is not a multiple of 3 x"),
     ],
 )
-def test_options_that_do_not_fit_the_recipe_are_refused(training: dict[str, Any], message: str) -> None:
+def test_options_that_do_not_fit_each_other_are_refused(training: dict[str, Any], message: str) -> None:
     rule = {"kind": "rule", "function": "rc_ray.rewards.rules:length_near", "args": {"target_words": 3}}
     with pytest.raises(ConfigError, match=message):
         load_config(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rc_ray.config import TrainingConfig
 from rc_ray.errors import ConfigError, DataError
-from rc_ray.training.arguments import check_dpo_arguments, dpo_arguments
+from rc_ray.generation.render import template_hash
+from rc_ray.training.arguments import LOSSES, check_training, dpo_arguments
 from rc_ray.training.pairs import PairCounts, PairTokenizer, end_tokens
 from tests.conftest import CHAT_TEMPLATE, make_tokenizer
 
@@ -110,14 +113,27 @@ def test_counts_of_parts_add_up() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"label_smothing": 0.1}, "no such field; did you mean 'label_smoothing'"),
-        ({"beta": 0.2}, r"is set by training\.beta"),
-        ({"ld_alpha": 0.5}, "only sums are kept"),
+        ({"trl": {"label_smothing": 0.1}}, "no such field; did you mean 'label_smoothing'"),
+        ({"trl": {"beta": 0.2}}, r"is set by training\.beta"),
+        ({"trl": {"ld_alpha": 0.5}}, "only sums are kept"),
+        ({"loss_type": "sigmod"}, "no such loss; did you mean 'sigmoid'"),
+        ({"loss_type": ["sigmoid", "sft"], "trl": {"loss_weights": [1.0]}}, "a number for each of"),
+        ({"report_to": ["mlflow"]}, "`pip install mlflow`"),
+        ({"lora_rank": 4, "quantization": "4bit"}, "needs GPUs"),
     ],
 )
-def test_fields_of_trl_are_checked(given: dict[str, Any], message: str) -> None:
+def test_what_other_libraries_must_know_is_checked(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_dpo_arguments(given)
+        check_training(TrainingConfig(**given), on_gpu=False)
+
+
+def test_all_losses_of_trl_are_known() -> None:
+    import inspect
+
+    from trl import DPOTrainer
+
+    found = re.findall(r'loss_type == "(\w+)"', inspect.getsource(DPOTrainer))
+    assert set(found) == set(LOSSES)
 
 
 def test_all_fields_of_trl_are_known() -> None:
@@ -126,13 +142,27 @@ def test_all_fields_of_trl_are_known() -> None:
     from trl import DPOConfig
 
     assert {field.name for field in fields(DPOConfig) if field.init and not field.name.startswith("_")} <= dpo_arguments()
-    check_dpo_arguments({"label_smoothing": 0.1, "max_grad_norm": 0.5, "optim": "adamw_torch"})
+    check_training(TrainingConfig(trl={"label_smoothing": 0.1, "max_grad_norm": 0.5, "optim": "adamw_torch"}), on_gpu=False)
 
 
 @pytest.mark.parametrize(
     "given", [{"fsdp": True}, {"deepspeed": {"zero_optimization": {"stage": 2}}}, {"fsdp_config": {"version": 2}}]
 )
 def test_sharding_without_gpus_is_refused_since_it_would_be_ignored(given: dict[str, Any]) -> None:
-    check_dpo_arguments(given)
+    check_training(TrainingConfig(trl=given))
     with pytest.raises(ConfigError, match="is ignored without a GPU"):
-        check_dpo_arguments(given, on_gpu=False)
+        check_training(TrainingConfig(trl=given), on_gpu=False)
+
+
+def test_pairs_of_another_template_are_refused_where_that_is_known() -> None:
+    tokenizer, other = make_tokenizer(), make_tokenizer()
+    tokenizer.chat_template, other.chat_template = CHAT_TEMPLATE, CHAT_TEMPLATE + " "
+    own, theirs = template_hash(tokenizer), template_hash(other)
+    rows = [pair() | {"templates": templates} for templates in ([own], [theirs], [theirs, own], [], None)]
+    for template, expected in ((own, {"template_mismatch": 1}), (None, {})):
+        kept, counts = PairTokenizer(tokenizer, frozenset([tokenizer.eos_token_id]), None, template).tokenize(rows)
+        assert dict(counts.problems) == expected
+        assert len(kept) == 5 - sum(expected.values())
+    counts = PairTokenizer(tokenizer, frozenset([tokenizer.eos_token_id]), None, own).tokenize(rows)[1]
+    with pytest.raises(DataError, match=r"1 x template_mismatch: pair 1 .* training\.allow_other_template"):
+        counts.check("pairs", None, 0.0)

@@ -1,0 +1,52 @@
+"""Two on-policy rounds with the first policy as the reference of both, run again, and on to where a round ends them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rc_ray
+
+
+def test_rounds_go_on_from_the_trained_policy(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    config = copy.deepcopy(tiny_config) | {"output": str(tmp_path / "run"), "rounds": {"number": 2, "reference": "initial"}}
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"hello number {i}?"}) + "\n" for i in range(16)))
+    config["prompts"] = {"path": str(tmp_path / "prompts.jsonl")}
+    lines: list[str] = []
+    result = rc_ray.run(config, emit=lines.append)
+    first, second = tmp_path / "run" / "round-1", tmp_path / "run" / "round-2"
+    assert result.run_dir == str(second)
+    manifests = [json.loads((run / "manifest.json").read_text()) for run in (first, second)]
+    assert set(manifests[1]["models"]) >= {config["model"], str(first / "model")}
+    assert [m["result_fields"]["model"] for m in manifests] == [config["model"], str(first / "model")]
+    training = [json.loads((run / "metrics.json").read_text())["training"] for run in (first, second)]
+    losses = [next(entry["loss"] for entry in t["log_history"] if "loss" in entry) for t in training]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4), "policy and reference are the same"
+    assert abs(losses[1] - math.log(2)) > 1e-3, (
+        "the reference is the first policy, which the second round no longer starts from"
+    )
+    assert training[0]["reference"] == training[1]["reference"]
+    texts = [
+        {c["text"] for table in (run / "candidates").glob("*.parquet") for g in _rows(table) for c in g["candidates"] or ()}
+        for run in (first, second)
+    ]
+    assert texts[0] != texts[1]
+
+    record = json.loads((tmp_path / "run" / "rounds.json").read_text())
+    assert [r["reference"] for r in record["rounds"]] == [config["model"]] * 2
+    assert record["rounds"] == result.metrics["rounds"]
+    assert all(set(r["rewards"]) == set(config["rewards"]) for r in record["rounds"])
+    lines.clear()
+    rc_ray.run(config, emit=lines.append)
+    assert sum("every stage is finished" in line for line in lines) == 2
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    return list(pq.read_table(file).to_pylist())
