@@ -320,7 +320,8 @@ def _worker(loop_config: dict[str, Any]) -> None:
 
     # A folder that all nodes reach is written at once, so that it can be watched; another one at every checkpoint.
     curves = Path(task.curves.filesystem()[1]) if task.curves.is_local else place.shared / RUNS
-    os.environ |= {"TENSORBOARD_LOGGING_DIR": str(curves), "WANDB_DIR": str(place.shared)}
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(curves)
+    os.environ.setdefault("WANDB_DIR", str(place.shared))
 
     def keep_curves() -> None:
         if place.rank == 0 and not task.curves.is_local and curves.exists():
