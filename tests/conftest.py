@@ -49,23 +49,26 @@ def make_tokenizer() -> Any:
     return fast
 
 
-def make_llama(folder: Path, seed: int, labels: int | None = None) -> Path:
-    """A random two-layer Llama of about 100 k parameters; with `labels`, a sequence classifier."""
+def make_llama(folder: Path, seed: int, labels: int | None = None, **sizes: int) -> Path:
+    """A random two-layer Llama of about 100 k parameters, or of other sizes (fields of its configuration); with `labels`, a sequence classifier."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
+    given = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+    }
     config = LlamaConfig(
+        **{**given, **sizes},
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
         max_position_embeddings=512,
-        initializer_range=0.2,
+        initializer_range=0.2 if not sizes else 0.02,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

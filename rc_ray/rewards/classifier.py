@@ -96,6 +96,7 @@ class ClassifierRewardModel(Classifier):
     def __init__(self, config: ClassifierReward, on_gpu: bool, num_threads: int) -> None:
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers.modeling_layers import GenericForSequenceClassification
 
         if not on_gpu:
             torch.set_num_threads(num_threads)
@@ -134,6 +135,10 @@ class ClassifierRewardModel(Classifier):
         self._counts = self._batches.counts
         set_padding(tokenizer, self.model.config)
         self.pad_token_id = self.model.config.pad_token_id
+        # Transformers' decoders find the last token by its id, and attend to nothing on its right, so there a mask would only keep attention from
+        # its fast way. Without the self-test, which would find the ones that attend to both sides, it stays.
+        decoder = isinstance(self.model, GenericForSequenceClassification) and tokenizer.padding_side == "right"
+        self._needs_mask = not (decoder and config.self_test)
         self._begin(config)
 
     def _run(self, texts: list[dict[str, list[int]]]) -> list[Score]:
@@ -144,6 +149,8 @@ class ClassifierRewardModel(Classifier):
     def _forward(self, encoded: list[dict[str, list[int]]]) -> list[float]:
         """The scores of one batch."""
         padded = self.tokenizer.pad(encoded, return_tensors="pt").to(self._device)
+        if not self._needs_mask:
+            del padded["attention_mask"]
         with self._torch.inference_mode():
             return self._rewards(self.model(**padded).logits)
 

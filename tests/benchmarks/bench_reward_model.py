@@ -6,7 +6,7 @@ single      a model for each objective.
 multitask   one model for both, equal weights.
 more        one model for both, weights of MORE (arXiv 2312.07401).
 
-Each trains on 600 pairs per objective in one pass, and is judged on 300 others, split by prompt, for every seed (of split, order and first
+Each trains on 400 pairs per objective in one pass, of at most 192 tokens, and is judged on at least 300 others, split by prompt, for every seed (of split, order and first
 weights). Printed are means over the seeds of accuracy and expected calibration error (10 bins), with 95 % bootstrap intervals over the held-out pairs of
 each seed (the trainings themselves are taken as they are), beside the rule "the longer answer is better". A bootstrap resample of an ECE is
 on average a little larger than the ECE itself. Exit status 1 when a model of `single` is not better than chance.
@@ -43,7 +43,7 @@ def main() -> int:
     from rc_ray.config import ClusterConfig
     from rc_ray.pipeline.cluster import connected
 
-    sizes = {"num_train": 40, "num_test": 30} if options.quick else {"num_train": 600, "num_test": 300}
+    sizes = {"num_train": 40, "num_test": 30} if options.quick else {"num_train": 400, "num_test": 320, "max_length": 192}
     files = {name: str(options.data / f"{name}.test.json") for name in NAMES}
     rows: list[dict[str, Any]] = []
     with connected(ClusterConfig()), tempfile.TemporaryDirectory() as folder:

@@ -1,10 +1,10 @@
 """Speed and exactness of classifier rewards, against what peers do and against an ideal bound.
 
-    python tests/benchmarks/bench_rewards.py [--quick] [--output DIR] [--rounds N]
+    python tests/benchmarks/bench_rewards.py [--quick] [--output DIR] [--rounds N] [--only MODEL ...]
 
-Eight answers to each prompt, of short, mixed and long lengths, scored by MiniLM with a random head and by a tiny Llama classifier, in float32
-on all cores. Competitors take turns in one process; a ratio is of one round, and printed are the median and, in brackets, the lowest
-and highest.
+Eight answers to each prompt, of short, mixed and long lengths, scored by MiniLM with a random head and by a tiny Llama classifier of MiniLM's size, in float32 on all
+cores. (In a much smaller one, most of the time goes into tokens, Python and attention, which grows with the square of a length, whatever the batches.)
+Competitors take turns in one process; a ratio is of one round, and printed are the median and, in brackets, the lowest and highest.
 
 rc_ray        answers sorted by length, batches under a budget of padded tokens, tokenizing included.
 vllm          the same with `engine: vllm`, in a process of its own.
@@ -20,6 +20,7 @@ Exit status 1 when a bar is missed; with --quick, which runs everything on small
 
 from __future__ import annotations
 
+import argparse
 import os
 import random
 import statistics
@@ -79,6 +80,7 @@ Ask = Callable[[], list[float]]
 
 
 VLLM: list[Any] = []
+MODELS = ["MiniLM", "tiny Llama"]
 
 
 def texts_of(tokenizer: Any, lengths: tuple[int, int], number: int) -> list[str]:
@@ -206,15 +208,28 @@ def engines(results: Any, name: str, path: str, model: Any, rounds: int) -> bool
 
 
 def main() -> int:
-    options, output, results, rounds = begin_rounds(__doc__)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", nargs="+", choices=MODELS, default=MODELS, help="models; default: all")
+    options, output, results, rounds = begin_rounds(__doc__, parser)
     from rc_ray.config import ClassifierReward
     from rc_ray.rewards.classifier import ClassifierRewardModel
     from tests.conftest import make_llama
 
     wrong = []
     with tempfile.TemporaryDirectory() as folder:
-        models = {"MiniLM": classifier(Path(folder), 0), "tiny Llama": make_llama(Path(folder) / "llama", seed=0, labels=1)}
-        for name, path in models.items():
+        sizes = {
+            "hidden_size": 384,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 12,
+        }
+        make = {
+            "MiniLM": lambda: classifier(Path(folder), 0),
+            "tiny Llama": lambda: make_llama(Path(folder) / "llama", 0, 1, **sizes),
+        }
+        for name in options.only:
+            path = make[name]()
             config = ClassifierReward(kind="classifier", model=str(path), dtype="float32")
             model = ClassifierRewardModel(config, on_gpu=False, num_threads=os.cpu_count() or 1)
             for case, lengths in LENGTHS.items():
