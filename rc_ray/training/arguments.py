@@ -17,7 +17,7 @@ from rc_ray.errors import ConfigError
 SOURCES = (("trl", "trainer/dpo_config.py"), ("trl", "trainer/base_config.py"), ("transformers", "training_args.py"))
 # Set from other options, or by what rc_ray does itself.
 TAKEN = {
-    "output_dir": "output", "report_to": "training.report_to", "run_name": "output", "loss_types": "training.loss_type", "per_device_train_batch_size": "training.per_device_batch_size", "gradient_accumulation_steps": "training.global_batch_size",
+    "output_dir": "output", "report_to": "training.report_to", "run_name": "output", "per_device_train_batch_size": "training.per_device_batch_size", "gradient_accumulation_steps": "training.global_batch_size",
     "learning_rate": "training.learning_rate", "warmup_steps": "training.warmup_steps", "num_train_epochs": "training.num_epochs",
     "max_steps": "training.max_steps", "beta": "training.beta", "loss_type": "training.loss_type", "max_length": "training.max_length",
     "bf16": "training.dtype", "use_cpu": "the cluster", "gradient_checkpointing": "training.gradient_checkpointing",

@@ -9,7 +9,7 @@ more        one model for both, weights of MORE (arXiv 2312.07401).
 Each trains on 400 pairs per objective in one pass, of at most 192 tokens, and is judged on at least 300 others, split by prompt, for every seed (of split, order and first
 weights). Printed are means over the seeds of accuracy and expected calibration error (10 bins), with 95 % bootstrap intervals over the held-out pairs of
 each seed (the trainings themselves are taken as they are), beside the rule "the longer answer is better". A bootstrap resample of an ECE is
-on average a little larger than the ECE itself. Exit status 1 when a model of `single` is not better than chance.
+on average a little larger than the ECE itself. With --output, trainings are kept there and not repeated when it is run again. Exit status 1 when a model of `single` is not better than chance.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import argparse
 import json
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,8 @@ def main() -> int:
     sizes = {"num_train": 40, "num_test": 30} if options.quick else {"num_train": 400, "num_test": 320, "max_length": 192}
     files = {name: str(options.data / f"{name}.test.json") for name in NAMES}
     rows: list[dict[str, Any]] = []
-    with connected(ClusterConfig()), tempfile.TemporaryDirectory() as folder:
+    folder = output / "models"
+    with connected(ClusterConfig()):
         for seed in range(options.seeds or (1 if options.quick else 3)):
             for method in ("single", "multitask", "more"):
                 for sets in [{name: path} for name, path in files.items()] if method == "single" else [files]:

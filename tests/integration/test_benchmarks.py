@@ -29,6 +29,16 @@ def test_the_reward_benchmark_finds_equal_rewards(tmp_path: Path) -> None:
     assert all(met for text, met in numbers["bars"].items() if "rewards equal those" in text)
 
 
+def test_the_training_benchmark_finds_equal_losses(shared_data: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "tests/benchmarks/bench_training.py", "--quick", "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    numbers = json.loads((tmp_path / "bench_training.json").read_text())
+    assert len(numbers["bars"]) == 6
+    assert all(met for text, met in numbers["bars"].items() if "losses" in text)
+    assert len(numbers["curves"][0]) == 20
+
+
 def test_the_sampling_benchmark_runs_on_small_data(shared_data: Path, tmp_path: Path) -> None:
     command = [sys.executable, "tests/benchmarks/bench_sampling.py", "--quick", "--output", str(tmp_path)]
     parts = ["--only", "overhead", "volume", "ledger", "adaptive"]

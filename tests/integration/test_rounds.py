@@ -8,9 +8,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 import rc_ray
+from rc_ray.core.schemas import templates_of
 
 
 def test_rounds_go_on_from_the_trained_policy(tiny_config: dict[str, Any], tmp_path: Path) -> None:
@@ -36,6 +38,8 @@ def test_rounds_go_on_from_the_trained_policy(tiny_config: dict[str, Any], tmp_p
         for run in (first, second)
     ]
     assert texts[0] != texts[1]
+    templates = [templates_of(pq.read_schema(next((run / "pairs").glob("*.parquet")))) for run in (first, second)]
+    assert templates[0] == templates[1] != [], "the trained policy reads as the first one does, and pairs say so"
 
     record = json.loads((tmp_path / "run" / "rounds.json").read_text())
     assert [r["reference"] for r in record["rounds"]] == [config["model"]] * 2
@@ -47,6 +51,4 @@ def test_rounds_go_on_from_the_trained_policy(tiny_config: dict[str, Any], tmp_p
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
-    import pyarrow.parquet as pq
-
     return list(pq.read_table(file).to_pylist())
