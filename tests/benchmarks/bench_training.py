@@ -178,6 +178,11 @@ def pairs_file(folder: Path, data: Path, number: int, lengths: tuple[int, int]) 
     return str(folder / "pairs")
 
 
+def lengths(results: Results, of_words: tuple[int, int]) -> tuple[int, int]:
+    """For the tiny model, which takes a letter for a token, shorter ones."""
+    return (5, 25) if results.quick else of_words
+
+
 def model_of(results: Results, folder: Path) -> str:
     if not results.quick:
         return "embedded:smollm2-135m"
@@ -193,7 +198,7 @@ def speed(found: list[Spec], pairs_per_step: int) -> list[float]:
 def part_training(results: Results, folder: Path, data: Path, rounds: int) -> None:
     steps, batch = (4, 4) if results.quick else (9, 4)
     spec = {"model": model_of(results, folder), "cache": str(folder / "cache")}
-    spec["pairs"] = pairs_file(folder, data, steps * batch, (50, 120))
+    spec["pairs"] = pairs_file(folder, data, steps * batch, lengths(results, (50, 120)))
     spec["training"] = {"num_workers": 1, "global_batch_size": batch, "per_device_batch_size": batch}
     print(f"\ntraining: {steps} steps of {batch} pairs")
     first = ask("reference_pass", {**spec, "actors": 1, "threads": 2})
@@ -246,9 +251,9 @@ def model_mib(name: str) -> float:
 
 
 def part_reference(results: Results, folder: Path, data: Path, rounds: int) -> None:
-    number = 130 if results.quick else 256
+    number = 70 if results.quick else 256
     spec = {"model": model_of(results, folder), "training": {"num_workers": 1, "global_batch_size": 2}}
-    spec["pairs"] = pairs_file(folder, data, number, (20, 60))
+    spec["pairs"] = pairs_file(folder, data, number, lengths(results, (20, 60)))
     print(f"\nreference: {number} pairs")
     found: dict[int, list[Spec]] = {1: [], 2: []}
     for number_of_round in range(rounds):
@@ -268,7 +273,7 @@ def part_reference(results: Results, folder: Path, data: Path, rounds: int) -> N
 def part_curves(results: Results, folder: Path, data: Path, rounds: int) -> None:
     steps, batch = 20, 2
     spec = {"model": model_of(results, folder), "cache": str(folder / "cache")}
-    spec["pairs"] = pairs_file(folder, data, steps * batch, (20, 60))
+    spec["pairs"] = pairs_file(folder, data, steps * batch, lengths(results, (20, 60)))
     print(f"\ncurves: {steps} steps of {batch} pairs")
     losses = []
     for workers in (1, 2):
