@@ -119,7 +119,7 @@ def plain_trl(spec: Spec) -> Spec:
             args=DPOConfig(
                 output_dir=folder, use_cpu=True, bf16=False, report_to="none", per_device_train_batch_size=training.per_device_batch_size,
                 learning_rate=training.learning_rate, lr_scheduler_type="linear", num_train_epochs=1, max_steps=training.max_steps or -1, logging_steps=1,
-                save_strategy="no", seed=config.seed, gradient_checkpointing=False, max_length=None, disable_tqdm=True,
+                save_strategy="steps", save_steps=10_000, seed=config.seed, gradient_checkpointing=False, max_length=None, disable_tqdm=True,
                 precompute_ref_log_probs=bool(spec.get("columns")),
             ),
             train_dataset=Dataset(table),

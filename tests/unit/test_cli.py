@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import rc_ray.doctor
-import rc_ray.pipeline.run
+import rc_ray.pipeline.rounds
 from rc_ray.cli import main
 from rc_ray.config import load_config
 from rc_ray.doctor import Finding
@@ -264,13 +264,13 @@ def test_an_interrupt_says_how_to_go_on_and_a_bug_keeps_its_trace(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rc_ray.pipeline.run, "run", interrupted)
+    monkeypatch.setattr(rc_ray.pipeline.rounds, "run_rounds", interrupted)
     assert main(["run", str(config_file)]) == 130
     assert "run the same command again to resume" in capsys.readouterr().err
 
     def broken(*_: Any, **__: Any) -> None:
         raise AssertionError("ours")
 
-    monkeypatch.setattr(rc_ray.pipeline.run, "run", broken)
+    monkeypatch.setattr(rc_ray.pipeline.rounds, "run_rounds", broken)
     with pytest.raises(AssertionError, match="ours"):
         main(["run", str(config_file)])
