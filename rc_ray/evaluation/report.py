@@ -132,7 +132,7 @@ def _html(metrics: dict[str, Any], manifest: dict[str, Any], examples: list[dict
         parts += [
             f"<h2>Training</h2><p>{training['num_pairs']} pairs, {training['steps']} steps, longest pair "
             f"{training['longest_pair']} tokens, {training['repeated']} pairs taken twice per epoch to fill the last batch</p>",
-            *(f"<p>{html.escape(line)}</p>" for line in training["remarks"]),
+            *(f"<p>{html.escape(line)}</p>" for line in training.get("remarks", [])),
             _svg(plot_training(training["log_history"])),
         ]
     if examples:

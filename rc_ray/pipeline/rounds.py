@@ -29,6 +29,7 @@ def run_rounds(
     """
     resolved = load_config(config, overrides)
     rounds = resolved.rounds
+    result: RunResult | None = None
     if rounds.number == 1:
         result = run(resolved, fork_from=fork_from, emit=emit)
         assert result is not None
@@ -40,12 +41,11 @@ def run_rounds(
     folder = Folder.at(resolved.output)
     records: list[dict[str, Any]] = []
     model: str | None = None
-    last: RunResult | None = None
     for number in range(1, rounds.number + 1):
         one = round_config(resolved, number, model)
         reference = one.training.reference.model or one.model
         emit(f"round     {number} of {rounds.number}: from {one.model}, reference {reference}")
-        last = result = run(one, emit=emit)
+        result = run(one, emit=emit)
         assert result is not None
         records.append(
             {
@@ -64,8 +64,8 @@ def run_rounds(
             emit(f"round     no further one: {why}")
             break
         model = result.model
-    assert last is not None
-    return RunResult(last.run_dir, {**last.metrics, "rounds": records})
+    assert result is not None
+    return RunResult(result.run_dir, {**result.metrics, "rounds": records})
 
 
 def round_config(config: Config, number: int, model: str | None) -> Config:

@@ -77,7 +77,7 @@ class RunResult:
         if "pilot" in self.metrics:
             shown += pilot_lines(self.metrics["pilot"])
         if "training" in self.metrics:
-            shown += [f"training       {line}" for line in self.metrics["training"]["remarks"]]
+            shown += [f"training       {line}" for line in self.metrics["training"].get("remarks", [])]
             shown.append(f"model          {self.model}")
         return [*shown, f"report         {self.run_dir}/report/index.html"]
 

@@ -23,12 +23,12 @@ def model_card(config: Config, facts: dict[str, Any]) -> str:
         facts: as `train_dpo` returns them.
     """
     training = config.training
-    plain = type(training)(**{"recipe": training.recipe, "primary": training.primary} if training.primary else {})
+    fields = type(training).model_fields
     options = {
         name: value for name in FIELDS if (value := getattr(training, name)) not in (None, {}) and _counts(name, training)
     }
     rows = "\n".join(
-        f"| {name} | `{value}`{'' if value == getattr(plain, name) else ' (set)'} |" for name, value in options.items()
+        f"| {name} | `{value}`{'' if value == fields[name].default else ' (set)'} |" for name, value in options.items()
     )
     last: dict[str, Any] = next((entry for entry in reversed(facts["log_history"]) if "loss" in entry), {})
     metrics = "\n".join(f"| {name} in the last step | {last[key]:.4g} |" for name, key in SHOWN.items() if key in last)

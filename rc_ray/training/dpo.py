@@ -16,6 +16,7 @@ import json
 import math
 import os
 import resource
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -289,14 +290,13 @@ def average(models: list[Folder], weights: list[float], output: Folder) -> None:
 def _worker(loop_config: dict[str, Any]) -> None:
     """One Ray Train worker."""
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    from concurrent.futures import ThreadPoolExecutor
-
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback, set_seed
     from transformers.trainer_callback import PrinterCallback
     from trl import DPOConfig
 
-    from rc_ray.training.policy import finish_lora, in_bfloat16, load_policy, lora_of, write_policy
+    from rc_ray.training.lora import finish_lora, in_bfloat16, lora_of
+    from rc_ray.training.policy import load_policy, write_policy
     from rc_ray.training.trainer import ReferenceDPOTrainer
 
     task: TrainingTask = loop_config["task"]
@@ -341,7 +341,7 @@ def _worker(loop_config: dict[str, Any]) -> None:
         training,
         task.objectives,
         model=load_policy(path, training, task.on_gpu, **options),
-        peft_config=lora_of(training),
+        peft_config=lora_of(training, "CAUSAL_LM"),
         args=DPOConfig(
             output_dir=str(place.shared),
             per_device_train_batch_size=training.per_device_batch_size,

@@ -22,6 +22,7 @@ from rc_ray.errors import ModelError
 from rc_ray.ledger.storage import Folder
 from rc_ray.models.resolve import local_model
 from rc_ray.rewards.encoding import set_padding
+from rc_ray.training.lora import in_bfloat16, lora_of, weights_dtype
 
 if TYPE_CHECKING:
     from rc_ray.training.workers import Place
@@ -44,7 +45,7 @@ class RewardTask:
 
 def ray_worker(loop_config: dict[str, Any]) -> None:
     """One Ray Train worker."""
-    from rc_ray.training.workers import join, leave, save_model
+    from rc_ray.training.workers import join, leave, save
 
     task: RewardTask = loop_config["task"]
     board = loop_config["board"]
@@ -60,8 +61,8 @@ def ray_worker(loop_config: dict[str, Any]) -> None:
     if place.rank == 0:
         board.ready.remote(task.stage)
     model, tokenizer, facts, judged = train_reward_model(task.names, task.options, train, held_out, task.on_gpu, on_step, place)
-    save_model(place, task.output, model, tokenizer)
     if place.rank == 0:
+        save(task.output, model, tokenizer)
         (task.work / EXPERIMENT).write_table(DIFFERENCES, judged)
         (task.work / EXPERIMENT).write_json(FACTS, facts)
     leave(place)
@@ -97,8 +98,7 @@ def train_reward_model(
     from rc_ray.training.workers import checkpoint_callback
 
     set_seed(options.seed)
-    bf16 = options.dtype == "bfloat16" or (on_gpu and options.dtype == "auto")
-    model, tokenizer = load_base(names, options, bf16)
+    model, tokenizer = load_base(names, options, on_gpu)
     head = head_of(model, options.base)
     weigh = MoreWeights(head, options.momentum, options.normalize) if options.method == "more" else EqualWeights()
     columns = torch.arange(len(names)) if options.heads == "per_objective" else torch.zeros(len(names), dtype=torch.long)
@@ -154,7 +154,7 @@ def train_reward_model(
                 warmup_steps=0.1,
                 lr_scheduler_type="linear",
                 seed=options.seed,
-                bf16=bf16,
+                bf16=in_bfloat16(options, on_gpu),
                 use_cpu=not on_gpu,
                 gradient_checkpointing=options.gradient_checkpointing,
                 save_strategy="no" if place is None else "steps",
@@ -199,12 +199,11 @@ def train_reward_model(
     return model, tokenizer, {"weights": weights, "conflicts": conflicts}, judged
 
 
-def load_base(names: list[str], options: RewardTrainingConfig, bf16: bool) -> tuple[Any, Any]:
+def load_base(names: list[str], options: RewardTrainingConfig, on_gpu: bool) -> tuple[Any, Any]:
     """A classifier with one new logit, or one per objective, and its tokenizer.
 
     The first weights of the logits depend on the seed alone.
     """
-    import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     path = local_model(options.base)
@@ -217,22 +216,16 @@ def load_base(names: list[str], options: RewardTrainingConfig, bf16: bool) -> tu
         num_labels=len(labels),
         id2label=dict(enumerate(labels)),
         label2id={label: i for i, label in enumerate(labels)},
-        # The weights that a LoRA leaves as they are need no more precision than they are used in.
-        dtype=torch.bfloat16 if options.lora_rank and bf16 else torch.float32,
+        dtype=weights_dtype(options, on_gpu),
         ignore_mismatched_sizes=True,
         use_safetensors=True,
         **code,
     )
     set_padding(tokenizer, model.config)
     if options.lora_rank:
-        from peft import LoraConfig, TaskType, get_peft_model
+        from peft import get_peft_model
 
-        model = get_peft_model(
-            model,
-            LoraConfig(
-                task_type=TaskType.SEQ_CLS, r=options.lora_rank, lora_alpha=options.lora_alpha, target_modules="all-linear"
-            ),
-        )
+        model = get_peft_model(model, lora_of(options, "SEQ_CLS"))
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()

@@ -123,12 +123,6 @@ def leave(place: Place) -> None:
         shutil.rmtree(place.shared, ignore_errors=True)
 
 
-def save_model(place: Place, output: Folder, *parts: Any) -> None:
-    """`save` on rank 0."""
-    if place.rank == 0:
-        save(output, *parts)
-
-
 def save(output: Folder, *parts: Any) -> None:
     """Writes what has a `save_pretrained` (model, tokenizer) to `output`."""
     with tempfile.TemporaryDirectory(prefix="rc_ray-model-") as scratch:
