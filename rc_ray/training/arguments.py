@@ -12,6 +12,7 @@ from typing import Any
 
 from rc_ray.config import TrainingConfig
 from rc_ray.errors import ConfigError
+from rc_ray.training.sharding import check_sharding
 
 # Class and file, each with the fields that it adds to those of the next.
 SOURCES = (("trl", "trainer/dpo_config.py"), ("trl", "trainer/base_config.py"), ("transformers", "training_args.py"))
@@ -35,8 +36,6 @@ LOSSES = (
     "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down",
     "discopop", "sft",
 )  # fmt: skip
-# accelerate takes no notice of these on CPUs.
-SHARDING = frozenset({"fsdp", "fsdp_config", "deepspeed"})
 
 
 @cache
@@ -84,10 +83,11 @@ def check_training(training: TrainingConfig, on_gpu: bool | None = None) -> None
         raise ConfigError(
             f"training.quantization = {training.quantization!r}: needs the package bitsandbytes; `pip install bitsandbytes` here and on all nodes"
         )
-    _check_trl(training.trl, on_gpu)
+    _check_trl(training.trl)
+    check_sharding(training, on_gpu)
 
 
-def _check_trl(given: dict[str, Any], on_gpu: bool | None) -> None:
+def _check_trl(given: dict[str, Any]) -> None:
     known = dpo_arguments()
     for name, value in given.items():
         field = f"training.trl.{name} = {value!r}"
@@ -95,10 +95,6 @@ def _check_trl(given: dict[str, Any], on_gpu: bool | None) -> None:
             raise ConfigError(f"{field}: is set by {TAKEN[name]}; leave it out here")
         if name in IMPOSSIBLE:
             raise ConfigError(f"{field}: {IMPOSSIBLE[name]}; leave it out")
-        if name in SHARDING and on_gpu is False:
-            raise ConfigError(
-                f"{field}: is ignored without a GPU, so that every worker would hold the whole model; leave it out, or train on GPUs"
-            )
         if known and name not in known:
             raise ConfigError(f"{field}: TRL's DPOConfig has no such field{_hint(name, known)}")
 

@@ -34,7 +34,7 @@ from rc_ray.training.curves import live_words, logp_changes, training_remarks
 from rc_ray.training.pairs import PairCounts
 from rc_ray.training.recipes import objective_weights
 from rc_ray.training.reference import look, pairs_task, reference_logps
-from rc_ray.training.workers import checkpoint_callback, fit, join, leave, remove, save
+from rc_ray.training.workers import Place, checkpoint_callback, fit, join, leave, remove, save
 
 EXPERIMENT, RECORD, OUTCOME = "dpo", "rc_ray_training.json", "outcome.json"
 RUNS = "runs"
@@ -293,10 +293,9 @@ def _worker(loop_config: dict[str, Any]) -> None:
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback, set_seed
     from transformers.trainer_callback import PrinterCallback
-    from trl import DPOConfig
 
-    from rc_ray.training.lora import finish_lora, in_bfloat16, lora_of
-    from rc_ray.training.policy import load_policy, write_policy
+    from rc_ray.training.lora import finish_lora, lora_of
+    from rc_ray.training.policy import copy_policy, load_policy, write_policy
     from rc_ray.training.trainer import ReferenceDPOTrainer
 
     task: TrainingTask = loop_config["task"]
@@ -334,62 +333,78 @@ def _worker(loop_config: dict[str, Any]) -> None:
     state = json.loads((resume / "trainer_state.json").read_text()) if resume else {"global_step": 0}
     if place.rank == 0:
         board.advance.remote(task.stage, state["global_step"] * training.global_batch_size, 0)
-    set_seed(task.seed)  # a LoRA begins at random
-    with ThreadPoolExecutor(8) as pool:
-        rows = pa.concat_tables(pool.map(task.tokens.read_table, task.names))
-    trainer = ReferenceDPOTrainer(
-        training,
-        task.objectives,
-        model=load_policy(path, training, task.on_gpu, **options),
-        peft_config=lora_of(training, "CAUSAL_LM"),
-        args=DPOConfig(
-            output_dir=str(place.shared),
-            per_device_train_batch_size=training.per_device_batch_size,
-            gradient_accumulation_steps=training.global_batch_size // (place.world * training.per_device_batch_size),
-            learning_rate=training.learning_rate,
-            lr_scheduler_type="linear",
-            warmup_steps=training.warmup_steps,
-            num_train_epochs=training.num_epochs,
-            max_steps=training.max_steps or -1,
-            beta=training.beta,
-            loss_type=training.losses,
-            max_length=task.max_length,
-            bf16=in_bfloat16(training, task.on_gpu),
-            use_cpu=not task.on_gpu,
-            gradient_checkpointing=training.gradient_checkpointing,
-            save_strategy="steps",
-            save_steps=training.save_every_steps,
-            save_total_limit=1,
-            logging_steps=1,
-            report_to=training.report_to or "none",
-            run_name=task.output.uri.rstrip("/").rsplit("/", 1)[-1],
-            disable_tqdm=True,
-            seed=task.seed,
-            precompute_ref_log_probs=True,
-            **training.trl,
-        ),
-        train_dataset=Dataset(rows),
-        processing_class=tokenizer,
-        callbacks=[checkpoint_callback(place), Progress()],
-    )
-    trainer.remove_callback(PrinterCallback)
+    final = place.shared / "final"
     if resume is not None and state["global_step"] >= task.steps:
         # Killed between the last checkpoint and the saved model. The Hugging Face trainer would train one step more.
-        trainer._load_from_checkpoint(str(resume))
-        history = state["log_history"]
+        if place.rank == 0:
+            copy_policy(resume, final)
+        history, peak_mib = state["log_history"], _peak_mib()
     else:
+        set_seed(task.seed)  # a LoRA begins at random
+        with ThreadPoolExecutor(8) as pool:
+            rows = pa.concat_tables(pool.map(task.tokens.read_table, task.names))
+        # Before the policy is loaded: DeepSpeed's ZeRO 3 shards it as it is read.
+        arguments = dpo_config(task, place)
+        trainer = ReferenceDPOTrainer(
+            training,
+            task.objectives,
+            model=load_policy(path, training, task.on_gpu, **options),
+            peft_config=lora_of(training, "CAUSAL_LM"),
+            args=arguments,
+            train_dataset=Dataset(rows),
+            processing_class=tokenizer,
+            callbacks=[checkpoint_callback(place), Progress()],
+        )
+        trainer.remove_callback(PrinterCallback)
         board.ready.remote(task.stage)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        history = trainer.state.log_history
-    # Of this process, kibibytes on Linux.
-    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    final = place.shared / "final"
-    write_policy(trainer, final)
-    if place.rank == 0:
+        history, peak_mib = trainer.state.log_history, _peak_mib()
+        write_policy(trainer, final)
         del trainer
+    if place.rank == 0:
         if training.lora_rank is not None:
             finish_lora(final, training, task.model, **options)
         task.output.upload(final)
         keep_curves()
         (task.work / EXPERIMENT).write_json(OUTCOME, {"log_history": history, "peak_memory_mib": round(peak_mib, 1)})
     leave(place)
+
+
+def _peak_mib() -> float:
+    """The most memory that this process has had, in MiB; Linux counts in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def dpo_config(task: TrainingTask, place: Place) -> Any:
+    """TRL's configuration of a worker."""
+    from trl import DPOConfig
+
+    from rc_ray.training.lora import in_bfloat16
+
+    training = task.training
+    return DPOConfig(
+        output_dir=str(place.shared),
+        per_device_train_batch_size=training.per_device_batch_size,
+        gradient_accumulation_steps=training.global_batch_size // (place.world * training.per_device_batch_size),
+        learning_rate=training.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=training.warmup_steps,
+        num_train_epochs=training.num_epochs,
+        max_steps=training.max_steps or -1,
+        beta=training.beta,
+        loss_type=training.losses,
+        max_length=task.max_length,
+        bf16=in_bfloat16(training, task.on_gpu),
+        use_cpu=not task.on_gpu,
+        gradient_checkpointing=training.gradient_checkpointing,
+        save_strategy="steps",
+        save_steps=training.save_every_steps,
+        save_total_limit=1,
+        logging_steps=1,
+        report_to=training.report_to or "none",
+        run_name=task.output.uri.rstrip("/").rsplit("/", 1)[-1],
+        disable_tqdm=True,
+        seed=task.seed,
+        precompute_ref_log_probs=True,
+        **training.trl,
+    )

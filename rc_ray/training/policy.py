@@ -5,10 +5,12 @@ Invariant: what is written is a Hugging Face folder with safetensors weights and
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 from rc_ray.config import TrainingConfig
+from rc_ray.errors import ClusterError
 from rc_ray.training.lora import weights_dtype
 
 
@@ -28,6 +30,26 @@ def load_policy(path: str, training: TrainingConfig, on_gpu: bool, **options: An
         )
         options |= {"quantization_config": quantized, "device_map": {"": torch.cuda.current_device()}}
     return AutoModelForCausalLM.from_pretrained(path, dtype=weights_dtype(training, on_gpu), use_safetensors=True, **options)
+
+
+def copy_policy(checkpoint: Path, folder: Path) -> None:
+    """Writes the policy of a checkpoint, without what going on needs beside it: weights, or a LoRA's, their configuration and the tokenizer.
+
+    Raises:
+        ClusterError: the checkpoint has no whole weights.
+    """
+    files = [
+        file for pattern in ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt") for file in checkpoint.glob(pattern)
+    ]
+    if not any(file.suffix == ".safetensors" for file in files):
+        raise ClusterError(
+            "training was killed between its last checkpoint and the written model, and the checkpoint has only parts of the weights "
+            "(training.trl.fsdp_config.state_dict_type = SHARDED_STATE_DICT): they cannot be put together here; remove the folder `ledger/training` to train again"
+        )
+    folder.mkdir(parents=True)
+    for file in files:
+        if file.name != "trainer_state.json":
+            shutil.copy2(file, folder)
 
 
 def write_policy(trainer: Any, folder: Path) -> None:

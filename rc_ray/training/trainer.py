@@ -14,6 +14,8 @@ from rc_ray.training.recipes import modpo_loss, objective_losses, objective_weig
 
 # Of all weights, for the name of a cache of log-probs that is not used here.
 dpo_trainer.hash_module = lambda module: ""
+# With FSDP it loads a reference model even where there is nothing to compute.
+dpo_trainer.create_model_from_path = lambda *_, **__: None
 
 
 class Collator(DataCollatorForPreference):  # type: ignore[misc]

@@ -145,15 +145,6 @@ def test_all_fields_of_trl_are_known() -> None:
     check_training(TrainingConfig(trl={"label_smoothing": 0.1, "max_grad_norm": 0.5, "optim": "adamw_torch"}), on_gpu=False)
 
 
-@pytest.mark.parametrize(
-    "given", [{"fsdp": True}, {"deepspeed": {"zero_optimization": {"stage": 2}}}, {"fsdp_config": {"version": 2}}]
-)
-def test_sharding_without_gpus_is_refused_since_it_would_be_ignored(given: dict[str, Any]) -> None:
-    check_training(TrainingConfig(trl=given))
-    with pytest.raises(ConfigError, match="is ignored without a GPU"):
-        check_training(TrainingConfig(trl=given), on_gpu=False)
-
-
 def test_pairs_of_another_template_are_refused_where_that_is_known() -> None:
     tokenizer, other = make_tokenizer(), make_tokenizer()
     tokenizer.chat_template, other.chat_template = CHAT_TEMPLATE, CHAT_TEMPLATE + " "

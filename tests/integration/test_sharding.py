@@ -1,0 +1,117 @@
+"""FSDP2 and DeepSpeed on two CPU workers. accelerate turns them on only where it sees GPUs, so workers here are told that it does; all else is as it would be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.integration.conftest import train
+
+ZERO = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto"}
+OPTIONS = {"num_epochs": 1, "dtype": "float32", "save_every_steps": 4}
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="the package deepspeed is not installed")
+
+
+def worker_on_cpus(flag: Path, killed_at: str) -> Callable[[dict[str, Any]], None]:
+    """A training worker that can be sharded on CPUs and that is killed once: in step 6 of 6 ("middle"), or before it writes the policy ("end")."""
+
+    def worker(loop_config: dict[str, Any]) -> None:
+        import os
+        import signal
+
+        from accelerate.state import PartialState
+        from accelerate.utils import DistributedType
+        from torch.distributed.tensor import DTensor
+
+        from rc_ray.training import dpo, policy, trainer
+
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_CPU)
+        config_as_it_is, write_as_it_is = dpo.dpo_config, policy.write_policy
+        step_as_it_is = trainer.ReferenceDPOTrainer.training_step
+
+        def die(at: str) -> None:
+            if killed_at == at and not flag.exists():
+                torch.distributed.barrier()
+                flag.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def dpo_config(task: Any, place: Any) -> Any:
+            made = config_as_it_is(replace(task, on_gpu=True), place)
+            assert made.device.type == "cpu"
+            if made.fsdp:
+                PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+            return made
+
+        def training_step(self: Any, *arguments: Any) -> Any:
+            if self.state.global_step == 5:
+                die("middle")
+            return step_as_it_is(self, *arguments)
+
+        def write_policy(made: Any, folder: Path) -> None:
+            die("end")
+            assert made.ref_model is None
+            if made.is_fsdp_enabled:
+                assert all(isinstance(parameter, DTensor) for parameter in made.model.parameters())
+            else:
+                assert made.is_deepspeed_enabled
+            write_as_it_is(made, folder)
+
+        dpo.dpo_config, policy.write_policy = dpo_config, write_policy
+        trainer.ReferenceDPOTrainer.training_step = training_step
+        dpo._worker(loop_config)
+
+    return worker
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_policy: Path, objective_pairs: Path, tmp_path_factory: pytest.TempPathFactory, board: Any) -> dict[str, Any]:
+    """Facts and weights of a training in which every worker holds the whole policy."""
+    folder = tmp_path_factory.mktemp("whole")
+    facts = train(tiny_policy, objective_pairs, folder, board, **OPTIONS)
+    return {"facts": facts, "weights": load_file(folder / "model" / "model.safetensors")}
+
+
+@pytest.mark.parametrize(
+    ("trl", "killed_at"),
+    [
+        ({"fsdp": True, "fsdp_config": {"reshard_after_forward": False}}, "middle"),
+        ({"fsdp": True}, "end"),
+        pytest.param({"deepspeed": {**ZERO, "zero_optimization": {"stage": 2}}}, "middle", marks=needs_deepspeed),
+        pytest.param(
+            {"deepspeed": {**ZERO, "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}}},
+            "end",
+            marks=needs_deepspeed,
+        ),
+    ],
+    ids=["fsdp-killed", "fsdp-killed-at-the-end", "zero2-killed", "zero3-killed-at-the-end"],
+)
+def test_a_sharded_policy_learns_what_a_whole_one_does(
+    tiny_policy: Path, objective_pairs: Path, tmp_path: Path, board: Any, monkeypatch: pytest.MonkeyPatch, whole: dict[str, Any],
+    trl: dict[str, Any], killed_at: str,
+) -> None:  # fmt: skip
+    from rc_ray.training import dpo
+
+    flag = tmp_path / "killed"
+    monkeypatch.setattr(dpo, "check_training", lambda *_: None)
+    monkeypatch.setattr(dpo, "_worker", worker_on_cpus(flag, killed_at))
+    facts = train(tiny_policy, objective_pairs, tmp_path, board, **OPTIONS, trl=trl, max_failures=1)
+    assert flag.exists()
+    losses = [[entry["loss"] for entry in each["log_history"] if "loss" in entry] for each in (whole["facts"], facts)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    # A weight that two names share is written under both.
+    assert torch.equal(
+        weights.pop("lm_head.weight", weights["model.embed_tokens.weight"]), weights["model.embed_tokens.weight"]
+    )
+    assert weights.keys() == whole["weights"].keys()
+    assert all(torch.allclose(weights[name], whole["weights"][name], rtol=0, atol=1e-5) for name in weights)
+    assert not [file.name for file in (tmp_path / "model").iterdir() if file.suffix in (".bin", ".pt", ".pth")]
+    assert not (tmp_path / "model" / "trainer_state.json").exists()
