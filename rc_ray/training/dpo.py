@@ -320,7 +320,8 @@ def _worker(loop_config: dict[str, Any]) -> None:
     # A folder that all nodes reach is written at once, so that it can be watched; another one at every checkpoint.
     curves = Path(task.curves.filesystem()[1]) if task.curves.is_local else place.shared / RUNS
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(curves)
-    os.environ.setdefault("WANDB_DIR", str(place.shared))
+    curves.mkdir(parents=True, exist_ok=True)  # W&B would take another folder
+    os.environ.setdefault("WANDB_DIR", str(curves))
 
     def keep_curves() -> None:
         if place.rank == 0 and not task.curves.is_local and curves.exists():
@@ -361,6 +362,10 @@ def _worker(loop_config: dict[str, Any]) -> None:
         history, peak_mib = trainer.state.log_history, _peak_mib()
         write_policy(trainer, final)
         del trainer
+        if "wandb" in training.report_to:
+            import wandb
+
+            wandb.finish()  # what is not sent yet
     if place.rank == 0:
         if training.lora_rank is not None:
             finish_lora(final, training, task.model, **options)
