@@ -1,6 +1,6 @@
 """Texts of different lengths through a model: sorted by length, in batches under a budget of padded tokens.
 
-Where lengths differ, a batch ends before a tenth of it is padding. The budget is halved when memory runs out and grows back. Invariant:
+Where lengths differ, a batch ends before too much of it is padding. The budget is halved when memory runs out and grows back. Invariant:
 every text gets one score; one that is longer than the model's limit, or does not fit into memory by itself, has none, with the reason.
 """
 
@@ -12,8 +12,9 @@ from typing import Any
 
 from rc_ray.rewards.base import Score
 
-# A batch is also ended by padding: a smaller one is as fast per token, as long as there are some tokens in it.
-MAX_PADDING, FEW_TOKENS = 0.1, 1024
+# A batch is also ended by padding: a smaller one is as fast per token, as long as there are some tokens in it. How many was measured on CPUs only.
+MAX_PADDING = 0.03
+FEW_TOKENS, FEW_TOKENS_ON_GPU = 1024, 8192
 
 
 def length_limit(tokenizer: Any, model_config: Any, max_length: int | None = None) -> int | None:
@@ -35,9 +36,11 @@ class TokenBatches:
     Args:
         max_tokens: padded tokens of a batch; a longer text is a batch of its own.
         limit: longest text in tokens, or None.
+        on_gpu: where the model is.
     """
 
-    def __init__(self, max_tokens: int, limit: int | None) -> None:
+    def __init__(self, max_tokens: int, limit: int | None, on_gpu: bool = False) -> None:
+        self._few_tokens = FEW_TOKENS_ON_GPU if on_gpu else FEW_TOKENS
         self._max_tokens, self._tokens, self._limit = max_tokens, max_tokens, limit
         self.counts: Counter[str] = Counter()
         """See `CountingReward.figures`."""
@@ -87,7 +90,7 @@ class TokenBatches:
         size, real = 1, lengths[start]
         while start + size < len(lengths):
             padded, real = lengths[start + size] * (size + 1), real + lengths[start + size]
-            if padded > self._tokens or (padded > FEW_TOKENS and padded - real > MAX_PADDING * padded):
+            if padded > self._tokens or (padded > self._few_tokens and padded - real > MAX_PADDING * padded):
                 break
             size += 1
         return size

@@ -131,7 +131,7 @@ class ClassifierRewardModel(Classifier):
             )
         super().__init__(config, tokenizer, self.model.config)
         self.model.to(self._device).eval()
-        self._batches = TokenBatches(config.max_batch_tokens, self.limit)
+        self._batches = TokenBatches(config.max_batch_tokens, self.limit, on_gpu)
         self._counts = self._batches.counts
         set_padding(tokenizer, self.model.config)
         self.pad_token_id = self.model.config.pad_token_id

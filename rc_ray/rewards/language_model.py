@@ -40,7 +40,7 @@ class LanguageModel:
         self._model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), use_safetensors=True, **options)
         self._model.to(self._device).eval()
         limit = length_limit(self._tokenizer, self._model.config, max_length)
-        self.batches = TokenBatches(max_batch_tokens, limit)
+        self.batches = TokenBatches(max_batch_tokens, limit, on_gpu)
 
     def logprobs(self, prompts: list[list[Message]], answers: list[str]) -> list[Score]:
         """log p(answer | prompt) of each, in nats."""
