@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_sampling.py [--quick] [--output DIR] [--only PART ...] [--rounds N]
 
 Competitors take turns, each in a fresh process; a ratio is of one round, and printed are the median and, in brackets, the lowest
-and highest. All sample the same prompts with the same engine arguments, seeds and environment (`cpu_engine_environment`).
+and highest. All sample the same prompts with the same engine arguments, seeds and environment (`cpu_engine_environment`, `KEPT_MEMORY`).
 A span begins when the engine is loaded and ends with the last answer (of the pipeline: with the last commit).
 
 engine    SmolLM2-135M, N = 8: tokens per second of `rc-ray sample` over one call of `vllm.LLM.generate` with all prompts; then
@@ -40,6 +40,8 @@ from pathlib import Path
 from typing import Any
 
 from common import ALPACA, MIB, ROOT, Results, Spec, asker, begin_rounds, is_worker, ratios, spread
+
+from rc_ray.generation.hardware import KEPT_MEMORY
 
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -257,7 +259,7 @@ def ledger_load(spec: Spec) -> Spec:
 WORKERS: dict[str, Callable[[Spec], Spec]] = {f.__name__: f for f in (plain_vllm, ray_data_llm, pipeline, ledger_load)}
 
 
-ask = asker(__file__)
+ask, ask_as_ours = asker(__file__), asker(__file__, KEPT_MEMORY)
 
 
 def rounds_of(number: int, competitors: dict[str, Callable[[], Spec]]) -> dict[str, list[Spec]]:
@@ -325,7 +327,7 @@ def part_engine(results: Results, folder: Path, output: Path, rounds: int) -> No
         return ask("pipeline", {"config": sampled[-1], "only": "sample"})
 
     found = rounds_of(rounds, {
-        "plain vLLM": lambda: ask("plain_vllm", {"config": runs.config()}),
+        "plain vLLM": lambda: ask_as_ours("plain_vllm", {"config": runs.config()}),
         "rc_ray, sampling alone": alone,
         "rc_ray, scoring alone": lambda: ask("pipeline", {"config": sampled[-1], "only": "score"}),
         "rc_ray, all at once": lambda: ask("pipeline", {"config": runs.config()}),
@@ -371,10 +373,10 @@ def part_overhead(results: Results, folder: Path, output: Path, rounds: int) -> 
     })  # fmt: skip
     print(f"\noverhead: a tiny model, {number} prompts x 8 answers of at most 24 tokens")
     found = rounds_of(rounds, {
-        "plain vLLM": lambda: ask("plain_vllm", {"config": runs.config()}),
-        "plain vLLM, no log-probs": lambda: ask("plain_vllm", {"config": runs.config(), "logprobs": False}),
+        "plain vLLM": lambda: ask_as_ours("plain_vllm", {"config": runs.config()}),
+        "plain vLLM, no log-probs": lambda: ask_as_ours("plain_vllm", {"config": runs.config(), "logprobs": False}),
         "rc_ray": lambda: ask("pipeline", {"config": runs.config(), "only": "sample"}),
-        "ray.data.llm": lambda: ask("ray_data_llm", {"config": runs.config()}),
+        "ray.data.llm": lambda: ask_as_ours("ray_data_llm", {"config": runs.config()}),
     })  # fmt: skip
     results.numbers["overhead"] = found
     ours = rate(found["rc_ray"], "groups")

@@ -6,7 +6,7 @@ Competitors take turns, each in a fresh process, on the same pairs (hh-rlhf, hel
 one round, and printed are the median and, in brackets, the lowest and highest. --quick takes a tiny random model.
 
 training   pairs per second, from the first step's end to the last one's: TRL alone with its reference model, rc_ray with reference columns, and TRL with the same
-           columns but without Ray. The pass that computes the columns is timed too: in one epoch it costs what it saves, from the second epoch on it is kept.
+           columns but without Ray, with the environment that rc_ray gives its workers (`hardware.KEPT_MEMORY`). The pass that computes the columns is timed too: in one epoch it costs what it saves, from the second epoch on it is kept.
 reference  the pass by one actor and by two, each with one thread, from the start of the pass (loading the model included).
 curves     loss of 20 steps on one worker and on two with the same global batch.
 
@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from common import MIB, ROOT, Results, Spec, asker, begin_rounds, is_worker, ratios, spread
+
+from rc_ray.generation.hardware import KEPT_MEMORY
 
 sys.path.insert(0, str(ROOT))
 PARTS = ["training", "reference", "curves"]
@@ -149,7 +151,7 @@ def reference_pass(spec: Spec) -> Spec:
 
 
 WORKERS: dict[str, Callable[[Spec], Spec]] = {f.__name__: f for f in (rc_ray, plain_trl, reference_pass)}
-ask = asker(__file__)
+ask, ask_as_ours = asker(__file__), asker(__file__, KEPT_MEMORY)
 
 
 # ---------------------------------------------------------------- parts
@@ -208,7 +210,7 @@ def part_training(results: Results, folder: Path, data: Path, rounds: int) -> No
     competitors = {
         "TRL alone": lambda: ask("plain_trl", spec),
         "rc_ray": lambda: ask("rc_ray", spec),
-        "TRL with columns": lambda: ask("plain_trl", {**spec, "columns": True}),
+        "TRL with columns": lambda: ask_as_ours("plain_trl", {**spec, "columns": True}),
     }
     found: dict[str, list[Spec]] = {name: [] for name in competitors}
     for _ in range(rounds):

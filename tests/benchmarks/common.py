@@ -88,8 +88,8 @@ def begin_rounds(
     return options, output, results, options.rounds or (1 if options.quick else 3)
 
 
-def asker(script: str) -> Callable[[str, Spec], Spec]:
-    """What runs a competitor of this script, by its name, in a process of its own; see `is_worker`."""
+def asker(script: str, environment: Mapping[str, str] | None = None) -> Callable[[str, Spec], Spec]:
+    """What runs a competitor of this script, by its name, in a process of its own, with more in its environment; see `is_worker`."""
 
     def ask(name: str, spec: Spec) -> Spec:
         with tempfile.TemporaryDirectory() as folder:
@@ -98,7 +98,14 @@ def asker(script: str) -> Callable[[str, Spec], Spec]:
             log = Path(folder) / "log"
             with log.open("w") as file:
                 command = [sys.executable, script, "--worker", name, str(path)]
-                done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=7200, check=False)
+                done = subprocess.run(
+                    command,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    timeout=7200,
+                    check=False,
+                    env={**os.environ, **(environment or {})},
+                )
             if done.returncode:
                 raise SystemExit(f"{name} failed:\n{log.read_text()[-4000:]}")
             return dict(json.loads((Path(folder) / "result.json").read_text()))

@@ -282,6 +282,7 @@ def test_settings_of_cpu_engines_are_shown_with_their_reasons(monkeypatch: pytes
         "VLLM_CPU_OMP_THREADS_BIND=nobind",
         "OMP_NUM_THREADS=4",
         "65 instead of 107 tok/s",
+        "MALLOC_ARENA_MAX=1",
         "max_num_seqs=32",
         "enforce_eager=True",
     ):
@@ -289,6 +290,7 @@ def test_settings_of_cpu_engines_are_shown_with_their_reasons(monkeypatch: pytes
     assert "max_num_seqs" not in settings("generation.engine={max_num_seqs: 8}")
     on_gpu = settings(gpus=4)
     assert "OMP_NUM_THREADS" not in on_gpu
+    assert "MALLOC" not in on_gpu
     assert "enforce_eager" not in on_gpu
     assert "max_num_seqs=256" in on_gpu
 
