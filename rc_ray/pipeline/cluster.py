@@ -60,6 +60,7 @@ def connect(config: ClusterConfig) -> tuple[ClusterInfo, bool]:
             # Tickets are more than cores: a process for each of them, before there is work, would only delay the start. Metrics, which every
             # process sends every few seconds, have no reader without a dashboard, and an idle cluster takes a third less time without them.
             system = {"prestart_worker_first_driver": False, "enable_metrics_collection": False}
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this node away; one process less
             options |= {"num_cpus": cpus, "include_dashboard": False, "_system_config": system}
             description = f"a local cluster with {cpus} logical CPUs ({reason})"
         try:
