@@ -99,7 +99,8 @@ def _attach_engine(
     if engine:  # a name of its own in what Ray and the watchdog say
         worker = type(f"GenerateGroups_{engine + 1}", (worker,), {})
     resources: dict[str, Any] = {"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus}
-    resources["runtime_env"] = process_options(pool.num_gpus > 0)
+    if pool.num_gpus == 0:
+        resources["runtime_env"] = process_options(on_gpu=False)
     if plan.across_nodes:
         placement = EnginePlacement(round(pool.num_gpus), pool.num_cpus)
         placement.remove_after(dataset)

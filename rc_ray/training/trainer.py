@@ -14,8 +14,6 @@ from rc_ray.training.recipes import modpo_loss, objective_losses, objective_weig
 
 # Of all weights, for the name of a cache of log-probs that is not used here.
 dpo_trainer.hash_module = lambda module: ""
-# With FSDP it loads a reference model even where there is nothing to compute.
-dpo_trainer.create_model_from_path = lambda *_, **__: None
 
 
 class Collator(DataCollatorForPreference):  # type: ignore[misc]
@@ -38,7 +36,12 @@ class ReferenceDPOTrainer(DPOTrainer):  # type: ignore[misc]
     def __init__(self, training: TrainingConfig, objectives: list[str], **kwargs: Any) -> None:
         self._training, self._objectives = training, objectives
         self._own_loss = training.recipe in ("mix", "modpo", "raco")
-        super().__init__(**kwargs)
+        # With FSDP, TRL loads a reference model even where there is nothing to compute.
+        load, dpo_trainer.create_model_from_path = dpo_trainer.create_model_from_path, lambda *_, **__: None
+        try:
+            super().__init__(**kwargs)
+        finally:
+            dpo_trainer.create_model_from_path = load
         if self._own_loss:
             given: Any = self.data_collator  # type: ignore[has-type]
             self.data_collator = Collator(pad_token_id=given.pad_token_id, max_length=given.max_length)
