@@ -71,9 +71,9 @@ def cpu_engine_environment(num_engines: int, given: Mapping[str, Any] = MappingP
     )
 
 
-def process_options(on_gpu: bool) -> dict[str, Any]:
-    """Ray's `runtime_env` for a process in which a policy computes. What the user has set of it counts."""
-    return {} if on_gpu else {"env_vars": {name: os.environ.get(name, value) for name, value in KEPT_MEMORY.items()}}
+def cpu_runtime_env() -> dict[str, dict[str, str]]:
+    """Ray's `runtime_env` for a process in which a policy computes on CPUs. What the user has set of it counts."""
+    return {"env_vars": {name: os.environ.get(name, value) for name, value in KEPT_MEMORY.items()}}
 
 
 def engine_choices(

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from rc_ray.config import BudgetConfig, Config
 from rc_ray.errors import ClusterError, ResumeError
-from rc_ray.generation.hardware import process_options
+from rc_ray.generation.hardware import cpu_runtime_env
 from rc_ray.ledger.ledger import Ledger
 from rc_ray.ledger.storage import Folder
 from rc_ray.pipeline import actors
@@ -100,7 +100,7 @@ def _attach_engine(
         worker = type(f"GenerateGroups_{engine + 1}", (worker,), {})
     resources: dict[str, Any] = {"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus}
     if pool.num_gpus == 0:
-        resources["runtime_env"] = process_options(on_gpu=False)
+        resources["runtime_env"] = cpu_runtime_env()
     if plan.across_nodes:
         placement = EnginePlacement(round(pool.num_gpus), pool.num_cpus)
         placement.remove_after(dataset)

@@ -19,9 +19,9 @@ from rc_ray.errors import ClusterError
 from rc_ray.generation.hardware import (
     choose_dtype,
     cpu_engine_environment,
+    cpu_runtime_env,
     engine_choices,
     num_cores,
-    process_options,
     scoring_choices,
 )
 from rc_ray.pipeline.policies import engines_of, members_of
@@ -222,7 +222,7 @@ def _settings(config: Config, pool: Pool, engines_per_host: int, across_nodes: b
     if not on_gpu:
         environment, why = cpu_engine_environment(engines_per_host, generation.engine)
         chosen.append(f"{' '.join(f'{name}={value}' for name, value in environment.items())}  ({why}{where})")
-        kept = " ".join(f"{name}={value}" for name, value in process_options(on_gpu)["env_vars"].items())
+        kept = " ".join(f"{name}={value}" for name, value in cpu_runtime_env()["env_vars"].items())
         chosen.append(f"{kept}  (freed memory is kept, or the kernel would clear large blocks at every use{where})")
     choices = engine_choices(generation.engine, generation.max_model_len, on_gpu, pool.num_gpus, across_nodes)
     return chosen + [f"{name}={value}  ({why})" for name, (value, why) in choices.items()]

@@ -324,12 +324,11 @@ def _worker(loop_config: dict[str, Any]) -> None:
     os.environ.setdefault("WANDB_DIR", str(curves))
 
     def keep_curves() -> None:
-        if place.rank == 0 and not task.curves.is_local and curves.exists():
+        if place.rank == 0 and not task.curves.is_local:
             task.curves.upload(curves)
 
     path = local_model(task.model)
     options = {"revision": task.revision, "trust_remote_code": task.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(path, **options)
     resume = place.resume
     state = json.loads((resume / "trainer_state.json").read_text()) if resume else {"global_step": 0}
     if place.rank == 0:
@@ -353,7 +352,7 @@ def _worker(loop_config: dict[str, Any]) -> None:
             peft_config=lora_of(training, "CAUSAL_LM"),
             args=arguments,
             train_dataset=Dataset(rows),
-            processing_class=tokenizer,
+            processing_class=AutoTokenizer.from_pretrained(path, **options),
             callbacks=[checkpoint_callback(place), Progress()],
         )
         trainer.remove_callback(PrinterCallback)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rc_ray.errors import ClusterError
-from rc_ray.generation.hardware import process_options
+from rc_ray.generation.hardware import cpu_runtime_env
 from rc_ray.ledger.storage import Folder
 
 
@@ -59,7 +59,7 @@ def fit(
             storage_filesystem=None if work.is_local else filesystem,
             failure_config=FailureConfig(max_failures=max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
-            worker_runtime_env=process_options(num_gpus > 0),
+            worker_runtime_env=None if num_gpus else cpu_runtime_env(),
         ),
     )
     try:
