@@ -34,7 +34,8 @@ from rc_ray.training.curves import live_words, logp_changes, training_remarks
 from rc_ray.training.pairs import PairCounts
 from rc_ray.training.recipes import objective_weights
 from rc_ray.training.reference import look, pairs_task, reference_logps
-from rc_ray.training.workers import Place, checkpoint_callback, fit, join, leave, remove, save
+from rc_ray.training.sharding import is_sharded
+from rc_ray.training.workers import Place, checkpoint_callback, fit, hide_group_of_one, join, leave, remove, save
 
 EXPERIMENT, RECORD, OUTCOME = "dpo", "rc_ray_training.json", "outcome.json"
 RUNS = "runs"
@@ -343,6 +344,8 @@ def _worker(loop_config: dict[str, Any]) -> None:
         set_seed(task.seed)  # a LoRA begins at random
         with ThreadPoolExecutor(8) as pool:
             rows = pa.concat_tables(pool.map(task.tokens.read_table, task.names))
+        if not is_sharded(training):
+            hide_group_of_one(place)
         # Before the policy is loaded: DeepSpeed's ZeRO 3 shards it as it is read.
         arguments = dpo_config(task, place)
         trainer = ReferenceDPOTrainer(

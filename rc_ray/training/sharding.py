@@ -30,6 +30,11 @@ SET_ELSEWHERE = {
 }  # fmt: skip
 
 
+def is_sharded(training: TrainingConfig) -> bool:
+    """Whether no worker holds the whole policy."""
+    return bool(training.trl.get("fsdp") or training.trl.get("deepspeed"))
+
+
 def check_sharding(training: TrainingConfig, on_gpu: bool | None) -> None:
     """Checks `training.trl.fsdp`, `fsdp_config` and `deepspeed`.
 

@@ -7,6 +7,7 @@ nodes add only what differs by rank.
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -114,6 +115,19 @@ def join(work: Folder, on_gpu: bool) -> Place:
         shared=shared,
         resume=shared / "resume" if checkpoint is not None else None,
     )
+
+
+def hide_group_of_one(place: Place) -> None:
+    """Lets a single worker that shards nothing train like a process by itself.
+
+    By the variables that Ray Train sets, accelerate wraps a model in DDP even where there is nobody to exchange gradients with, and DDP's buckets take
+    as much memory as all gradients. With several GPUs they stay, since transformers would spread the batch over them.
+    """
+    import torch
+
+    if place.world == 1 and torch.cuda.device_count() <= 1:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            os.environ.pop(name, None)
 
 
 def leave(place: Place) -> None:

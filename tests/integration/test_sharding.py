@@ -1,4 +1,5 @@
-"""FSDP2 and DeepSpeed on two CPU workers. accelerate turns them on only where it sees GPUs, so workers here are told that it does; all else is as it would be."""
+"""What a policy is wrapped in: FSDP2 and DeepSpeed on two CPU workers, nothing on one. accelerate shards only where it sees GPUs, so workers here are told that it
+does; all else is as it would be."""
 
 from __future__ import annotations
 
@@ -115,3 +116,26 @@ def test_a_sharded_policy_learns_what_a_whole_one_does(
     assert all(torch.allclose(weights[name], whole["weights"][name], rtol=0, atol=1e-5) for name in weights)
     assert not [file.name for file in (tmp_path / "model").iterdir() if file.suffix in (".bin", ".pt", ".pth")]
     assert not (tmp_path / "model" / "trainer_state.json").exists()
+
+
+def test_one_worker_trains_the_bare_policy(
+    tiny_policy: Path, objective_pairs: Path, tmp_path: Path, board: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rc_ray.training import dpo
+
+    def worker(loop_config: dict[str, Any]) -> None:
+        from rc_ray.training import dpo, trainer
+
+        step_as_it_is = trainer.ReferenceDPOTrainer.training_step
+
+        def training_step(self: Any, model: Any, *arguments: Any) -> Any:
+            assert model is self.model, f"wrapped in {type(model).__name__}"
+            return step_as_it_is(self, model, *arguments)
+
+        trainer.ReferenceDPOTrainer.training_step = training_step
+        dpo._worker(loop_config)
+
+    monkeypatch.setattr(dpo, "_worker", worker)
+    facts = train(tiny_policy, objective_pairs, tmp_path, board, **OPTIONS, num_workers=1)
+    assert facts["log_history"]
+    assert (tmp_path / "model" / "model.safetensors").exists()
