@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -25,6 +25,7 @@ from rc_ray.errors import ConfigError
 EMBEDDED_CONFIGS = {"embedded:demo": Path(__file__).parent.parent / "demo" / "demo.yaml"}
 # A value under such a name is not repeated in a message.
 SECRET_NAME = re.compile(r"token$|secret|password|api_?key", re.IGNORECASE)
+M = TypeVar("M", bound=BaseModel)
 
 
 def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Iterable[str] = ()) -> Config:
@@ -45,11 +46,7 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Iter
         raw = _read_yaml(EMBEDDED_CONFIGS.get(str(source), Path(source)))
     for override in overrides:
         _apply_override(raw, override)
-    try:
-        return Config.model_validate(raw)
-    except ValidationError as error:
-        lines = "\n".join(f"  {_explain(detail)}" for detail in error.errors())
-        raise ConfigError(f"the configuration is not valid:\n{lines}") from None
+    return _validated(Config, raw, "the configuration is")
 
 
 def load_selection(source: str | Path | Config | None, overrides: Iterable[str] = ()) -> SelectionConfig:
@@ -73,12 +70,7 @@ def load_selection(source: str | Path | Config | None, overrides: Iterable[str] 
         if not override.startswith("selection."):
             raise ConfigError(f"--set {override!r} has no effect on a selection from --input; use --set selection.KEY=VALUE")
         _apply_override(raw, override)
-    try:
-        return SelectionConfig.model_validate(raw["selection"])
-    except ValidationError as error:
-        details = [ErrorDetails(**{**detail, "loc": ("selection", *detail["loc"])}) for detail in error.errors()]
-        lines = "\n".join(f"  {_explain(detail)}" for detail in details)
-        raise ConfigError(f"the configuration is not valid:\n{lines}") from None
+    return _validated(SelectionConfig, raw["selection"], "the configuration is", "selection")
 
 
 def load_reward_training(values: Mapping[str, Any] | RewardTrainingConfig) -> RewardTrainingConfig:
@@ -89,11 +81,18 @@ def load_reward_training(values: Mapping[str, Any] | RewardTrainingConfig) -> Re
     """
     if isinstance(values, RewardTrainingConfig):
         return values
+    return _validated(RewardTrainingConfig, dict(values), "the options are")
+
+
+def _validated(model: type[M], raw: Any, subject: str, section: str | None = None) -> M:
+    """What pydantic makes of the values of a configuration, or of a section of one."""
     try:
-        return RewardTrainingConfig.model_validate(dict(values))
+        return model.model_validate(raw)
     except ValidationError as error:
-        lines = "\n".join(f"  {_explain(detail, RewardTrainingConfig)}" for detail in error.errors())
-        raise ConfigError(f"the options are not valid:\n{lines}") from None
+        above, root = ((section,), Config) if section else ((), model)
+        details = (ErrorDetails(**{**detail, "loc": (*above, *detail["loc"])}) for detail in error.errors())
+        lines = "\n".join(f"  {_explain(detail, root)}" for detail in details)
+        raise ConfigError(f"{subject} not valid:\n{lines}") from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -128,7 +127,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
-def _explain(detail: ErrorDetails, root: type[BaseModel] = Config) -> str:
+def _explain(detail: ErrorDetails, root: type[BaseModel]) -> str:
     # The union of reward kinds puts its tag after the objective's name; it is not a key that the user wrote.
     location = [str(part) for number, part in enumerate(detail["loc"]) if (number, detail["loc"][0]) != (2, "rewards")]
     field = ".".join(location) or "configuration"

@@ -27,7 +27,7 @@ def length_limit(tokenizer: Any, model_config: Any, max_length: int | None = Non
 
 def too_long(length: int, limit: int | None) -> str | None:
     """Why a text of so many tokens has no score; None where it fits."""
-    return f"{length} tokens exceed the reward model's limit of {limit}" if limit is not None and length > limit else None
+    return f"{length} tokens exceed the model's limit of {limit}" if limit is not None and length > limit else None
 
 
 class TokenBatches:

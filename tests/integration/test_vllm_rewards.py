@@ -160,7 +160,7 @@ def test_rewards_equal_plain_transformers_row_by_row_and_prompts_are_read_once(k
     assert "error" not in found, found
     for (value, missing), logits, length in zip(found["scores"], expected, lengths, strict=True):
         if length > 512:
-            assert (value, missing) == (None, f"{length} tokens exceed the reward model's limit of 512")
+            assert (value, missing) == (None, f"{length} tokens exceed the model's limit of 512")
         else:
             assert value == pytest.approx(logits[0], abs=1e-4)
     read = [length for length in lengths if length <= 512]

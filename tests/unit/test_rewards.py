@@ -214,7 +214,7 @@ def test_a_text_over_the_limit_is_missing_and_leaves_the_others_alone(
     assert {length > limit for length in lengths} == {True, False}
     for score, length, value in zip(scores, lengths, expected, strict=True):
         if length > limit:
-            assert score == Score(None, f"{length} tokens exceed the reward model's limit of {limit}")
+            assert score == Score(None, f"{length} tokens exceed the model's limit of {limit}")
         else:
             assert score.value == pytest.approx(value, abs=1e-5)
 
@@ -223,7 +223,7 @@ def test_the_limit_of_the_model_holds_when_none_is_set(model: ClassifierRewardMo
     short, long = model.score([PROMPT] * 2, ["fine", "hello " * 600])
     assert short.value is not None
     assert long.value is None
-    assert long.missing.endswith("tokens exceed the reward model's limit of 512")
+    assert long.missing.endswith("tokens exceed the model's limit of 512")
 
 
 def split(lengths: list[int], budget: int, on_gpu: bool = False) -> list[list[int]]:
