@@ -85,7 +85,9 @@ def _rows(file: Path) -> list[dict[str, Any]]:
 
 def _parse(row: dict[str, Any], where: str) -> Preference | str:
     if "text" in row and "score" in row:
-        first, second = row["score"][:2]
+        first, second = (float(score) for score in row["score"][:2])
+        if not (math.isfinite(first) and math.isfinite(second)):
+            return "a score is not finite"
         if first == second:
             return "equal scores"
         better, worse = row["text"][:2] if first > second else row["text"][1::-1]
@@ -97,16 +99,32 @@ def _parse(row: dict[str, Any], where: str) -> Preference | str:
     if "prompt" not in row:
         return _from_transcripts(row["chosen"], row["rejected"])
     prompt = row["prompt"]
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-    chosen, rejected = _answer(row["chosen"]), _answer(row["rejected"])
+    messages = [_message("user", prompt)] if isinstance(prompt, str) else [_message(**m) for m in prompt]
+    chosen, rejected = _conversation(row["chosen"]), _conversation(row["rejected"])
+    before = chosen[:-1] or messages
+    if not before:
+        return "no prompt"
+    # Where both repeat a conversation, `prompt` may be all of it, its first turns or its last.
+    if chosen[:-1] != rejected[:-1] or messages not in (before[: len(messages)], before[-len(messages) :]):
+        return "prompts differ"
+    if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
+        return "no assistant answer at the end"
     margin = float(row.get("margin") or 0.0)
     if not 0 <= margin < math.inf:
         return "margin is not a finite number from 0 up"
-    return "equal answers" if chosen == rejected else Preference(messages, chosen, rejected, margin)
+    better, worse = chosen[-1]["content"], rejected[-1]["content"]
+    return "equal answers" if better == worse else Preference(before, better, worse, margin)
 
 
-def _answer(value: Any) -> str:
-    return value if isinstance(value, str) else str(value[-1]["content"])
+def _message(role: str, content: str, **_: Any) -> Message:
+    if not isinstance(content, str):
+        raise TypeError(f"content of type {type(content).__name__}")
+    return {"role": role, "content": content}
+
+
+def _conversation(value: Any) -> list[Message]:
+    """Messages up to an answer, which may be all there is."""
+    return [_message("assistant", value)] if isinstance(value, str) else [_message(**m) for m in value]
 
 
 def _from_transcripts(better: str, worse: str) -> Preference | str:

@@ -102,15 +102,17 @@ def encode_sets(train: Sets, test: Sets, left_out: Mapping[str, Mapping[str, int
         DataError: a part of a set is left empty.
     """
     counts = {name: SetCounts(left_out=dict(left_out.get(name, {}))) for name in train}
-    rows = {name: _encode(train[name], tokenizer, max_length, counts[name]) for name in train}
-    tests = {name: _encode(test[name], tokenizer, max_length, counts[name]) for name in test}
+    rows = {name: _encode(train[name], tokenizer, max_length, counts[name])[0] for name in train}
+    judged = {name: _encode(test[name], tokenizer, max_length, counts[name]) for name in test}
+    tests = {name: of_set for name, (of_set, _) in judged.items()}
     for name, count in counts.items():
         count.num_train, count.num_test = len(rows[name]), len(tests[name])
         if not rows[name] or not tests[name]:
             raise DataError(
                 f"max_length = {max_length}: only {count.num_train} training and {count.num_test} held-out pairs of {name!r} have answers that fit; raise it"
             )
-        longer = [0.5 if len(p.chosen) == len(p.rejected) else float(len(p.chosen) > len(p.rejected)) for p in test[name]]
+        pairs = judged[name][1]
+        longer = [0.5 if len(p.chosen) == len(p.rejected) else float(len(p.chosen) > len(p.rejected)) for p in pairs]
         count.length_accuracy = sum(longer) / len(longer)
     largest = max(map(len, rows.values()))
     for name in rows:
@@ -125,8 +127,11 @@ def encode_sets(train: Sets, test: Sets, left_out: Mapping[str, Mapping[str, int
     )
 
 
-def _encode(pairs: list[Preference], tokenizer: Any, max_length: int, counts: SetCounts) -> list[dict[str, Any]]:
-    rows = []
+def _encode(
+    pairs: list[Preference], tokenizer: Any, max_length: int, counts: SetCounts
+) -> tuple[list[dict[str, Any]], list[Preference]]:
+    """Token ids of the pairs that fit, and these pairs."""
+    rows, kept = [], []
     for p in pairs:
         try:
             sides = [encode(tokenizer, p.messages, answer, max_length) for answer in (p.chosen, p.rejected)]
@@ -136,6 +141,7 @@ def _encode(pairs: list[Preference], tokenizer: Any, max_length: int, counts: Se
         for answer, side in zip((p.chosen, p.rejected), sides, strict=True):
             if len(side["input_ids"]) == max_length:
                 counts.num_prompts_cut += len(encode(tokenizer, p.messages, answer)["input_ids"]) > max_length
+        kept.append(p)
         rows.append(
             {
                 "prompt_id": prompt_id(p.messages),
@@ -145,4 +151,4 @@ def _encode(pairs: list[Preference], tokenizer: Any, max_length: int, counts: Se
                 "length": max(len(side["input_ids"]) for side in sides),
             }
         )
-    return rows
+    return rows, kept

@@ -90,6 +90,43 @@ def test_rows_that_are_no_preference_are_counted_by_reason(tmp_path: Path) -> No
     assert len(pairs) + left_out.total() == len(rows)
 
 
+def test_conversations_in_chosen_and_rejected_are_the_prompt_if_the_row_says_nothing_else(tmp_path: Path) -> None:
+    def turns(*contents: str) -> list[dict[str, str]]:
+        return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+
+    whole, system = turns("q", "a", "r"), {"role": "system", "content": "s"}
+    rows = [
+        {"prompt": prompt, "chosen": [*before, *turns("", "x")[1:]], "rejected": [*before, *turns("", "y")[1:]]}
+        for prompt, before in (("q", turns("q")), (turns("q"), turns("q")), ("q", whole), ("r", whole), (whole, []), ("q", [system, *turns("q")]))
+    ]  # fmt: skip
+    pairs, left_out = read(tmp_path, rows)
+    assert not left_out
+    assert [pair.messages for pair in pairs] == [turns("q"), turns("q"), whole, whole, whole, [system, *turns("q")]]
+    assert {(pair.chosen, pair.rejected) for pair in pairs} == {("x", "y")}
+
+
+def test_nothing_is_guessed_about_scores_and_messages(tmp_path: Path) -> None:
+    texts = [f"\n\nHuman: q\n\nAssistant: {answer}" for answer in ("first", "second")]
+    answer = [{"role": "assistant", "content": "x"}]
+    asked = [{"role": "user", "content": "q"}]
+    rows = [
+        {"text": texts, "score": [3.0, float("nan")]},
+        {"text": texts, "score": ["10", "9"]},
+        {"prompt": "q", "chosen": [*asked, *answer], "rejected": [{"role": "user", "content": "other"}, *answer]},
+        {"prompt": "another", "chosen": [*asked, *answer], "rejected": [*asked, {"role": "assistant", "content": "y"}]},
+        {"prompt": "q", "chosen": [*answer, *asked], "rejected": answer},
+        {"prompt": "q", "chosen": asked, "rejected": answer},
+        {"prompt": "q", "chosen": answer, "rejected": [{"role": "assistant", "content": None}]},
+        {"prompt": [], "chosen": "x", "rejected": "y"},
+        {"prompt": "q", "chosen": [], "rejected": answer},
+    ]
+    pairs, left_out = read(tmp_path, rows)
+    assert [(pair.chosen, pair.rejected) for pair in pairs] == [("first", "second")]
+    assert left_out == {
+        "a score is not finite": 1, "prompts differ": 3, "no assistant answer at the end": 1, "malformed row": 2, "no prompt": 1,
+    }  # fmt: skip
+
+
 def test_a_file_without_any_preference_is_an_error_with_the_counts(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no usable preference.*'equal answers': 2"):
         read(tmp_path, [{"prompt": "q", "chosen": "a", "rejected": "a"}] * 2)
@@ -180,7 +217,8 @@ def test_smaller_sets_begin_again_and_what_does_not_fit_is_counted() -> None:
     tokenizer = make_tokenizer()
     long = Preference([{"role": "user", "content": "question"}], "good " * 40, "bad")
     train: Sets = {"a": preferences(5), "b": [*preferences(2), long]}
-    encoded = encode_sets(train, {"a": preferences(3), "b": preferences(1)}, {"b": {"equal answers": 7}}, tokenizer, 100)
+    test: Sets = {"a": preferences(3), "b": [*preferences(1), long, long]}
+    encoded = encode_sets(train, test, {"b": {"equal answers": 7}}, tokenizer, 100)
     rows = encoded.train.to_pylist()
     assert [[pair["prompt_id"] for pair in row["pairs"]] for row in rows] == [
         [prompt_id(train["a"][i].messages), prompt_id(train["b"][i % 2].messages)] for i in range(5)
@@ -191,9 +229,12 @@ def test_smaller_sets_begin_again_and_what_does_not_fit_is_counted() -> None:
     counts = encoded.counts
     assert (counts["a"].num_train, counts["a"].num_test, counts["a"].num_repeated, counts["a"].left_out) == (5, 3, 0, {})
     assert (counts["b"].num_train, counts["b"].num_test, counts["b"].num_repeated) == (2, 1, 3)
-    assert counts["b"].left_out == {"equal answers": 7, "answer longer than max_length": 1}
+    assert counts["b"].left_out == {"equal answers": 7, "answer longer than max_length": 3}
     assert sorted(encoded.held_out.column("set").to_pylist()) == [0, 0, 0, 1]
     assert counts["a"].length_accuracy == 1.0  # "good 0" is longer than "bad 0"
+    shorter = Preference([{"role": "user", "content": "question"}], "a", "bad")
+    counts = encode_sets(train, {"a": preferences(3), "b": [shorter, long]}, {}, tokenizer, 100).counts
+    assert counts["b"].length_accuracy == 0.0  # of the pairs that are judged
     with pytest.raises(DataError, match=r"max_length = 8: only 0 training and 0 held-out pairs of 'a'"):
         encode_sets(train, train, {}, tokenizer, 8)
 
