@@ -282,7 +282,7 @@ class ScoreGroups:
                     if together is not None:
                         scores[i] = together[number]
                     else:
-                        scores[i] = self._score_alone(ids[i], prompts[i], [c["text"] for c in candidates[i]])
+                        scores[i] = self._score_alone(ids[i], prompts[i], [c["text"] for c in candidates[i]], one_by_one)
             self._report()
         rewards = [[s.value for s in group] for group in scores]
         missing = [self._why_missing(group) for group in scores]
@@ -301,8 +301,8 @@ class ScoreGroups:
         except Exception:
             return None
 
-    def _score_alone(self, prompt_id: str, prompt: Any, answers: list[str]) -> list[Score]:
-        with self._attempts.group(prompt_id) as given_up:
+    def _score_alone(self, prompt_id: str, prompt: Any, answers: list[str], block_died: bool) -> list[Score]:
+        with self._attempts.group(prompt_id, block_died) as given_up:
             if given_up:
                 return [Score(None, given_up)] * len(answers)
             try:

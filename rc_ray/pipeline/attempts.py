@@ -55,10 +55,14 @@ class Attempts:
         self._end(f"block {key}")
 
     @contextlib.contextmanager
-    def group(self, key: str) -> Iterator[str | None]:
-        """Around the work on one group of such a block, alone in this process; gives why it must be given up, or None."""
+    def group(self, key: str, block_died: bool = True) -> Iterator[str | None]:
+        """Around the work on one group of such a block, alone in this process; gives why it must be given up, or None.
+
+        Args:
+            block_died: an attempt at its whole block, which counts as one of this group's.
+        """
         with self._alone:
-            deaths = 1 + self._begin(key)
+            deaths = block_died + self._begin(key)
             if deaths >= self._max_attempts:  # stays in the book, since another group may still kill the block
                 yield f"its process died in {self._max_attempts} attempts{self._last_error()}"
                 return

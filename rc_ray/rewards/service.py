@@ -1,7 +1,7 @@
 """Questions to a service over HTTP: JSON out and in, with retries, checked certificates and a token that shows nowhere.
 
-What is transient (a failed connection, a timeout, status 429, 500, 502, 503, 504) is tried again with growing waits, by urllib3. Requests
-can be limited per minute, repetitions among them.
+What is transient (a failed connection, a timeout, status 429, 500, 502, 503, 504) is tried again with growing waits, by urllib3, and what broke
+off later by ourselves. Requests can be limited per minute, repetitions among them.
 Invariant: a question ends with an answer or with a `ServiceError` that says why; no message holds the token or what the service sent.
 """
 
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from rc_ray.config.rewards import ServiceReward
 from rc_ray.errors import ConfigError
@@ -75,10 +76,11 @@ class Service:
         from urllib3.util import Retry
 
         assert config.url is not None
-        self._config, self.url = config, config.url
+        self._config, self._first_wait_s = config, first_wait_s
+        self.url = urlsplit(config.url)._replace(query="", fragment="").geturl()  # a query may hold a key
         self._pace = pace = Pace(config.max_requests_per_minute)
         self._session = requests.Session()
-        self._session.verify = config.ca_file or True
+        self._verify = config.ca_file  # the session's would give way to REQUESTS_CA_BUNDLE
         if config.token_env is not None:
             token = os.environ.get(config.token_env)
             if not token:
@@ -99,6 +101,7 @@ class Service:
             allowed_methods=None,  # POST, too: a score may be asked for twice
             backoff_factor=first_wait_s / 2,
             backoff_max=LONGEST_WAIT_S,
+            retry_after_max=int(LONGEST_WAIT_S),
             raise_on_status=False,
         )
         adapter = HTTPAdapter(max_retries=retry, pool_maxsize=config.num_connections)
@@ -111,15 +114,13 @@ class Service:
         Raises:
             ServiceError: it does not, in the end.
         """
-        import requests
-
         config = self._config
-        self._pace.wait()
-        try:
-            # Not where another address sends it: that would be a GET, and the token is for this one.
-            response = self._session.post(self.url, json=question, timeout=config.timeout_s, allow_redirects=False)
-        except requests.RequestException as error:
-            raise ServiceError(f"{self.url}: {type(error).__name__}, with {config.max_retries} repetitions") from None
+        for repetition in range(config.max_retries + 1):
+            self._pace.wait()
+            response = self._post(question, last=repetition == config.max_retries)
+            if response is not None:
+                break
+            time.sleep(min(self._first_wait_s * 2**repetition, LONGEST_WAIT_S))
         if response.status_code != 200:
             repeated = f", with {config.max_retries} repetitions" if response.status_code in TRANSIENT else ""
             raise ServiceError(f"{self.url}: status {response.status_code}{repeated}")
@@ -127,6 +128,22 @@ class Service:
             return response.json()
         except ValueError:
             raise ServiceError(f"{self.url}: the answer is no JSON") from None
+
+    def _post(self, question: dict[str, Any], last: bool) -> Any:
+        """A response, after the repetitions that urllib3 makes until one begins; None when it broke off, unless this was the last chance."""
+        import requests
+        from urllib3.exceptions import MaxRetryError
+
+        try:
+            # Not where another address sends it: that would be a GET, and the token is for this one.
+            return self._session.post(
+                self._config.url, json=question, timeout=self._config.timeout_s, allow_redirects=False, verify=self._verify
+            )
+        except requests.RequestException as error:
+            broke_off = isinstance(error, (requests.ConnectionError, requests.exceptions.ChunkedEncodingError))
+            if broke_off and not last and not any(isinstance(cause, MaxRetryError) for cause in error.args):
+                return None
+            raise ServiceError(f"{self.url}: {type(error).__name__}, with {self._config.max_retries} repetitions") from None
 
     def map(self, ask: Callable[[T], R], questions: Sequence[T]) -> list[R]:
         """`ask` of every question, over `num_connections` connections, in order."""

@@ -39,3 +39,23 @@ def test_a_reward_that_cannot_go_on_ends_its_process_and_nothing_is_missing_for_
     with pytest.raises(Left):
         groups(pa.Table.from_pylist([row], schema=schemas.GROUP))
     assert "the engine is gone" in capsys.readouterr().err
+
+
+def template_refuses(prompts: list[Any], answers: list[str]) -> list[float]:
+    if "refused" in answers:
+        raise ValueError("not this one")
+    return [1.0] * len(answers)
+
+
+def test_an_error_costs_its_group_alone_even_with_a_single_attempt() -> None:
+    config = RuleReward(kind="rule", function=f"{__name__}:template_refuses")
+    groups = ScoreGroups("x", config, None, True, 1, None, "score", 1, first=True, last=True, keep_scored=False)
+    rows = [
+        {"prompt_id": f"{i:032}", "prompt": [{"role": "user", "content": "hi"}], "candidates": [{"text": text}]}
+        for i, text in enumerate(["a", "refused", "b"])
+    ]
+    scored = groups(pa.Table.from_pylist(rows, schema=schemas.GROUP))
+    assert scored.column("reward.x").to_pylist() == [[1.0], [None], [1.0]]
+    missing = scored.column("missing.x").to_pylist()
+    assert missing[0] is None
+    assert "ValueError: not this one" in missing[1]

@@ -8,9 +8,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 import yaml
 
 from rc_ray.config import HttpReward, JudgeReward, load_config, to_yaml
@@ -35,6 +37,7 @@ class Service:
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.times_s: list[float] = []
+        self.paths: list[str] = []
         service = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -42,6 +45,7 @@ class Service:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 service.times_s.append(time.monotonic())
                 service.requests.append(body)
+                service.paths.append(self.path)
                 service.headers.append(dict(self.headers))
                 answer = (
                     service.script.pop(0)
@@ -61,7 +65,8 @@ class Service:
                 self.send_response(status)
                 for name, value in headers.items():
                     self.send_header(name, value)
-                self.send_header("Content-Length", str(len(content)))
+                if "Content-Length" not in headers:
+                    self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content)
 
@@ -112,8 +117,16 @@ def test_every_answer_gets_its_own_score_whatever_the_batches(service: Service) 
 
 @pytest.mark.parametrize(
     "passing",
-    [None, (429, b"", {"Retry-After": "0"}), (500, b"oops", {}), (502, b"", {}), (503, b"", {}), (504, b"", {})],
-    ids=["timeout", "429", "500", "502", "503", "504"],
+    [
+        None,
+        (200, b'{"scores": [1', {"Content-Length": "100"}),
+        (429, b"", {"Retry-After": "0"}),
+        (500, b"oops", {}),
+        (502, b"", {}),
+        (503, b"", {}),
+        (504, b"", {}),
+    ],
+    ids=["timeout", "cut", "429", "500", "502", "503", "504"],
 )
 def test_what_passes_is_asked_again(service: Service, passing: Answer | None) -> None:
     service.script = [passing, passing, ok([1.5, -2])]
@@ -126,6 +139,7 @@ def test_what_passes_is_asked_again(service: Service, passing: Answer | None) ->
     ("answer", "requests", "words"),
     [
         (None, 3, "2 repetitions"),
+        ((200, b"{", {"Content-Length": "100"}), 3, "2 repetitions"),
         ((429, b"", {"Retry-After": "0"}), 3, "status 429, with 2 repetitions"),
         ((500, b"", {}), 3, "status 500, with 2 repetitions"),
         ((401, b"", {}), 1, "status 401"),
@@ -146,6 +160,35 @@ def test_what_stays_wrong_makes_all_scores_of_the_request_missing(
     assert [s.value for s in scores] == [None, None]
     assert all(words in s.missing and service.url in s.missing for s in scores)
     assert len(service.requests) == requests
+
+
+def test_a_key_in_the_address_reaches_the_service_alone(service: Service) -> None:
+    service.script = [(500, b"", {})]
+    config = HttpReward(kind="http", url=f"{service.url}?code={SECRET}", max_retries=0)
+    (score,) = HttpRewardService(config, first_wait_s=0.01).score([[{"role": "user", "content": "q"}]], ["a"])
+    assert score.missing is not None
+    assert service.url in score.missing
+    assert SECRET not in score.missing
+    assert service.paths == [f"/score?code={SECRET}"]
+
+
+def test_the_file_of_certificates_counts_whatever_the_environment_says(
+    service: Service, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, file in (("REQUESTS_CA_BUNDLE", "of_the_system.pem"), ("ours", "ours.pem")):
+        (tmp_path / file).touch()
+        monkeypatch.setenv(name, str(tmp_path / file))
+    taken = []
+    send = requests.adapters.HTTPAdapter.send
+
+    def seen(self: Any, *arguments: Any, **options: Any) -> Any:
+        taken.append(options["verify"])
+        return send(self, *arguments, **options)
+
+    monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", seen)
+    ask(service, ["a"], ca_file=str(tmp_path / "ours.pem"))
+    ask(service, ["a"])
+    assert taken == [str(tmp_path / "ours.pem"), str(tmp_path / "of_the_system.pem")]
 
 
 def test_requests_keep_their_distance_repeated_ones_too(service: Service) -> None:
