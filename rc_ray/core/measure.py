@@ -123,10 +123,32 @@ class Summary:
         return cls(columns, count, sums, pilot, num_pilot_groups, tuple(rewards), tuple(map(_ends, rewards.values())))
 
     def __add__(self, other: Summary) -> Summary:
+        other = other._ordered_as(self)
         pilot = _smallest([*self.pilot, *other.pilot], self.num_pilot_groups)
         ends = tuple((min(a, c), max(b, d)) for (a, b), (c, d) in zip(self.ends, other.ends, strict=True))
         count, sums = self.count + other.count, self.sums + other.sums
         return Summary(self.columns, count, sums, pilot, self.num_pilot_groups, self.pilot_columns, ends)
+
+    def _ordered_as(self, model: Summary) -> Summary:
+        """With the columns in another summary's order.
+
+        Raises:
+            DataError: they are others.
+        """
+        if (self.columns, self.pilot_columns) == (model.columns, model.pilot_columns):
+            return self
+        if set(self.columns) != set(model.columns) or set(self.pilot_columns) != set(model.pilot_columns):
+            raise DataError(
+                f"groups: some have the rewards {', '.join(sorted(model.columns))} and some {', '.join(sorted(self.columns))}; score all of them under the "
+                "same objectives"
+            )
+        order = [self.columns.index(name) for name in model.columns]
+        of_pilot = [self.pilot_columns.index(name) for name in model.pilot_columns]
+        pilot = tuple((key, prompt, tuple(tuple(row[m] for m in of_pilot) for row in rows)) for key, prompt, rows in self.pilot)
+        ends = tuple(self.ends[m] for m in of_pilot)
+        return Summary(
+            model.columns, self.count[order], self.sums[order], pilot, self.num_pilot_groups, model.pilot_columns, ends
+        )
 
     def to_bytes(self) -> bytes:
         """For a column of a table; rows of zeros are left out."""

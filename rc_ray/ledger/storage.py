@@ -176,13 +176,13 @@ class Folder:
             yield self.read_table(name, columns)
 
     def read_all(self, schema: pa.Schema | None = None, columns: list[str] | None = None) -> pa.Table:
-        """All Parquet files of this folder in the order of their names."""
+        """All Parquet files of this folder in the order of their names; columns are matched by name."""
         tables = list(self.tables(columns))
         if not tables:
             if schema is None:
                 raise DataError(f"no Parquet file in {self.uri!r}")
             return schema.empty_table()
-        return pa.concat_tables(tables)
+        return pa.concat_tables(tables, promote_options="default")
 
     def upload(self, local: str | Path) -> None:
         """Copies a local folder into this one."""

@@ -379,18 +379,24 @@ def split_chunks(block: pa.Table, prompts: Folder) -> dict[int, pa.Table]:
 
 
 def commit_groups(
-    block: pa.Table, ledger: Ledger, stage: str, prompts: Folder, groups: Folder, skip_sampled: bool, board: Any,
+    block: pa.Table, ledger: Ledger, stage: str, prompts: Folder, groups: Folder, objectives: list[str], skip_sampled: bool, board: Any,
     selection: SelectionConfig | None, by_policy: bool = False,
 ) -> pa.Table:  # fmt: skip
     """Writes each chunk of a block and its commit record; hands the block on unchanged.
 
     Args:
+        objectives: of the run; in all files, their rewards are in this order.
         skip_sampled: pass over blocks that were committed by this stage before.
         selection: how to count prompts with a pair, once all rewards are there.
         by_policy: whether to count the candidates of each policy.
     """
     if block.num_rows and not (skip_sampled and block.column(SAMPLED)[0].as_py()):
         for chunk, table in split_chunks(block, prompts).items():
+            rewards = [field.name for field in schemas.reward_fields(objectives)]
+            if selection is not None and (lacking := [name for name in rewards if name not in table.column_names]):
+                raise ResumeError(f"chunk {chunk} has no {lacking[0]}; nothing was committed, run again to resume")
+            others = [name for name in table.column_names if name not in rewards]
+            table = table.select([*others, *(name for name in rewards if name in table.column_names)])
             candidates = _candidates(table)
             counts = {
                 "groups": table.num_rows,

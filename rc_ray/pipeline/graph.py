@@ -319,6 +319,7 @@ def _run_phase(
         "ledger": run.ledger,
         "prompts": run.prompts,
         "groups": run.groups,
+        "objectives": list(config.rewards),
         "board": board,
         "by_policy": run.policy.is_named,
     }
@@ -337,7 +338,9 @@ def _run_phase(
         selection = config.selection if score_stage == run.score_stage else None
         kwargs = {**commit, "stage": score_stage, "skip_sampled": False, "selection": selection}
         dataset = dataset.map_batches(actors.commit_groups, batch_size=None, fn_kwargs=kwargs, **small)
-    _execute(dataset.select_columns([CHUNK]), run, config, board, finished)
+    dataset = dataset.select_columns([CHUNK])
+    dataset.context.target_max_block_size = None  # a block is a chunk: large ones must not be cut in two
+    _execute(dataset, run, config, board, finished)
     # Without the budget's end, all chunks; with it, those that were sampled.
     ended = ray.get(board.sampling_ended.remote()) is not None
     missing = (run.ledger.done(run.sample_stage) if ended else set(sizes)) - run.ledger.done(finished)
@@ -355,11 +358,18 @@ def _execute(dataset: Dataset, run: GroupRun, config: Config, board: Any, stage:
             stages, errors = ray.get(board.state.remote())
         check_failed(stages, errors, config.cluster.max_failed_fraction)
     except TooManyFailedError:
-        for name in (run.sample_stage, stage):
-            for chunk, counts in run.ledger.counts(name):
-                if counts["failed"]:
-                    run.ledger.give_back(name, chunk)
+        give_back_failed(run, list(config.rewards), stage)
         raise
+
+
+def give_back_failed(run: GroupRun, objectives: list[str], stage: str) -> None:
+    """Takes back the commits of chunks with failed groups, so that the next run does them again; rewards of candidates that will be others first."""
+    of_candidates = [run.score_stage, *(f"{run.score_stage}_{name}" for name in objectives)]
+    for name in (run.sample_stage, stage):
+        for chunk, counts in run.ledger.counts(name):
+            if counts.get("failed"):  # rewards that another run has scored say only that they are there
+                for each in (*(of_candidates if name == run.sample_stage else ()), name):
+                    run.ledger.give_back(each, chunk)
 
 
 @contextlib.contextmanager

@@ -39,8 +39,10 @@ def candidates(folder: Path) -> dict[str, list[tuple[Any, ...]]]:
 
 
 def test_three_actors_and_other_chunks_in_another_order_give_the_same_candidates(
-    finished_run: FinishedRun, tmp_path: Path, ray_session: Any
+    finished_run: FinishedRun, tmp_path: Path, ray_session: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Every block is larger than Ray Data would leave whole.
+    monkeypatch.setattr(ray_session.data.DataContext.get_current(), "target_max_block_size", 256)
     prompts = Path(finished_run.config["prompts"]["path"]).read_text().splitlines(keepends=True)
     (tmp_path / "shuffled.jsonl").write_text("".join(random.Random(0).sample(prompts, len(prompts))))
     config = copy.deepcopy(finished_run.config) | {

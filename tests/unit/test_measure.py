@@ -67,6 +67,20 @@ def test_order_and_split_do_not_matter_and_bytes_keep_everything(values: Any, da
     assert again.scale() == whole.scale() == parts.scale()
 
 
+def test_the_order_of_columns_does_not_matter() -> None:
+    def summary(*named: tuple[str, list[float]]) -> Summary:
+        columns = {name: lists([values]) for name, values in named}
+        return Summary.of(columns, 2, pa.array([f"prompt {named[0][1]}"], pa.string()))
+
+    straight = summary(("a", [1, 2]), ("b", [10, 70])) + summary(("a", [3, 9]), ("b", [20, 30]))
+    crossed = summary(("a", [1, 2]), ("b", [10, 70])) + summary(("b", [20, 30]), ("a", [3, 9]))
+    assert crossed.scale() == straight.scale() == {"a": exact_deviation([1, 2, 3, 9]), "b": exact_deviation([10, 70, 20, 30])}
+    assert crossed.ends == straight.ends == ((1, 9), (10, 70))
+    assert sorted(crossed.sample("b")) == sorted(straight.sample("b")) == [10, 20, 30, 70]
+    with pytest.raises(DataError, match="some have the rewards a, b and some a;"):
+        straight + summary(("a", [1, 2]))
+
+
 def test_summaries_read_groups_existing_pairs_and_other_types_alike() -> None:
     groups = numbered_groups([[(1.0, 5.0), (2.0, 5.0)], [(4.0, 5.0), (9.0, 5.0)]])
     expected = {"a": exact_deviation([1, 2, 4, 9]), "b": 1.0}
