@@ -36,6 +36,8 @@ class VllmClassifier(Classifier):
         if not on_gpu:
             environment, _ = cpu_engine_environment(1, config.engine_arguments)
             os.environ.update(environment | {"OMP_NUM_THREADS": str(num_threads)})
+        # In this process on GPUs, too: vLLM waits for ever for an engine in another one that died.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         from transformers import AutoConfig, AutoTokenizer
 
@@ -127,7 +129,6 @@ class VllmClassifier(Classifier):
         """The logits [texts, labels]."""
         import torch
         from vllm import PoolingParams
-        from vllm.v1.engine.exceptions import EngineDeadError
 
         asked = []
         for text in texts:
@@ -137,7 +138,9 @@ class VllmClassifier(Classifier):
         prompts = [{"prompt_token_ids": text["input_ids"]} for text in texts]
         try:
             outputs = self._engine.encode(prompts, asked, pooling_task="classify", use_tqdm=False)
-        except EngineDeadError as error:
+        except (ValueError, TypeError):
+            raise  # refused, which leaves the engine as it was
+        except Exception as error:
             raise EngineDied(f"{type(error).__name__}: {error}") from error
         length = sum(len(text["input_ids"]) for text in texts)
         cached = sum(output.num_cached_tokens for output in outputs)

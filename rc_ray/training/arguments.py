@@ -31,7 +31,14 @@ TAKEN = {
 IMPOSSIBLE = {
     "ld_alpha": "weighs the reference's tokens, of which only sums are kept",
     "sync_ref_model": "changes the reference while it trains, whose log-probs are computed beforehand",
+    "model_init_kwargs": "is ignored for a model that is loaded already",
+    "auto_find_batch_size": "would make steps of fewer pairs than training.global_batch_size",
+    "dataloader_drop_last": "would leave pairs out",
+    "save_only_model": "leaves the optimizer out of checkpoints, so that a killed training could not go on as it was",
 }
+# Of TRL's own loss, in whose place these recipes have theirs.
+OWN_LOSS = ("mix", "modpo", "raco")
+OF_THE_LOSS = ("label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting", "loss_weights")
 LOSSES = (
     "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down",
     "discopop", "sft",
@@ -82,6 +89,12 @@ def check_training(training: TrainingConfig, on_gpu: bool | None = None) -> None
     if training.quantization != "none" and find_spec("bitsandbytes") is None:
         raise ConfigError(
             f"training.quantization = {training.quantization!r}: needs the package bitsandbytes; `pip install bitsandbytes` here and on all nodes"
+        )
+    ignored = [name for name in OF_THE_LOSS if name in training.trl]
+    if training.recipe in OWN_LOSS and ignored:
+        raise ConfigError(
+            f"training.trl.{ignored[0]} = {training.trl[ignored[0]]!r}: has no effect on training.recipe = {training.recipe}, which has a loss of its own; "
+            "leave it out"
         )
     _check_trl(training.trl)
     check_sharding(training, on_gpu)

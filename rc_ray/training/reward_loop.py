@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,8 +90,10 @@ def train_reward_model(
     """
     import torch
     from datasets import Dataset
+    from torch.utils.data import Sampler
     from transformers import Trainer, TrainerCallback, TrainingArguments
     from transformers.trainer_callback import PrinterCallback
+    from transformers.trainer_pt_utils import get_length_grouped_indices
     from transformers.trainer_utils import set_seed
 
     from rc_ray.training.more import EqualWeights, MoreWeights, pair_losses
@@ -109,7 +111,23 @@ def train_reward_model(
         margins = torch.tensor([pair["margin"] for pair in pairs]).reshape(len(names), len(rows))
         return {**tokenizer.pad(texts, return_tensors="pt"), "margins": margins}
 
+    class ByLength(Sampler):
+        """Rows of like length side by side, in an order by seed and epoch alone: the same on all workers, and on one that goes on in an epoch."""
+
+        def __init__(self, rows_per_step: int) -> None:
+            self._lengths, self._rows_per_step = train.column("length").to_pylist(), rows_per_step
+
+        def __len__(self) -> int:
+            return len(self._lengths)
+
+        def __iter__(self) -> Iterator[int]:
+            generator = torch.Generator().manual_seed(options.seed + int(trainer.state.epoch or 0))
+            return iter(get_length_grouped_indices(self._lengths, self._rows_per_step, generator=generator))
+
     class PreferenceTrainer(Trainer):
+        def _get_train_sampler(self, *_: Any) -> ByLength:
+            return ByLength(self.args.train_batch_size * self.args.gradient_accumulation_steps)
+
         def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
             margins = inputs.pop("margins")
             scores = model(**inputs).logits.float().reshape(2, *margins.shape, -1)
@@ -143,30 +161,31 @@ def train_reward_model(
         for part, rate in ((False, options.learning_rate), (True, options.head_learning_rate))
     ]
     with tempfile.TemporaryDirectory(prefix="rc_ray-reward-") as scratch:
+        args = TrainingArguments(
+            output_dir=scratch if place is None else str(place.shared),
+            num_train_epochs=options.num_epochs,
+            per_device_train_batch_size=per_device,
+            gradient_accumulation_steps=options.batch_size // (world * per_device),
+            learning_rate=options.learning_rate,
+            warmup_steps=0.1,
+            lr_scheduler_type="linear",
+            seed=options.seed,
+            bf16=in_bfloat16(options, on_gpu),
+            use_cpu=not on_gpu,
+            gradient_checkpointing=options.gradient_checkpointing,
+            save_strategy="no" if place is None else "steps",
+            save_steps=options.save_every_steps,
+            save_total_limit=1,
+            logging_steps=5,
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=on_gpu,
+            remove_unused_columns=False,
+        )
+        args._n_gpu = min(1, args.n_gpu)  # else transformers takes all GPUs that it sees, and larger batches
         trainer = PreferenceTrainer(
             model=model,
-            args=TrainingArguments(
-                output_dir=scratch if place is None else str(place.shared),
-                num_train_epochs=options.num_epochs,
-                per_device_train_batch_size=per_device,
-                gradient_accumulation_steps=options.batch_size // (world * per_device),
-                learning_rate=options.learning_rate,
-                warmup_steps=0.1,
-                lr_scheduler_type="linear",
-                seed=options.seed,
-                bf16=in_bfloat16(options, on_gpu),
-                use_cpu=not on_gpu,
-                gradient_checkpointing=options.gradient_checkpointing,
-                save_strategy="no" if place is None else "steps",
-                save_steps=options.save_every_steps,
-                save_total_limit=1,
-                logging_steps=5,
-                report_to="none",
-                disable_tqdm=True,
-                dataloader_pin_memory=on_gpu,
-                train_sampling_strategy="group_by_length",
-                remove_unused_columns=False,
-            ),
+            args=args,
             train_dataset=Dataset(train),
             data_collator=collate,
             optimizers=(torch.optim.AdamW(groups, weight_decay=0.01), None),

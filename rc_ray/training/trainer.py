@@ -10,6 +10,7 @@ from trl.trainer import dpo_trainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from rc_ray.config import TrainingConfig
+from rc_ray.training.arguments import OWN_LOSS
 from rc_ray.training.recipes import modpo_loss, objective_losses, objective_weights, raco_coefficients
 
 # Of all weights, for the name of a cache of log-probs that is not used here.
@@ -35,7 +36,7 @@ class ReferenceDPOTrainer(DPOTrainer):  # type: ignore[misc]
 
     def __init__(self, training: TrainingConfig, objectives: list[str], **kwargs: Any) -> None:
         self._training, self._objectives = training, objectives
-        self._own_loss = training.recipe in ("mix", "modpo", "raco")
+        self._own_loss = training.recipe in OWN_LOSS
         # With FSDP, TRL loads a reference model even where there is nothing to compute.
         load, dpo_trainer.create_model_from_path = dpo_trainer.create_model_from_path, lambda *_, **__: None
         try:

@@ -19,6 +19,9 @@ from rc_ray.errors import ClusterError
 from rc_ray.generation.hardware import cpu_runtime_env
 from rc_ray.ledger.storage import Folder
 
+# The other workers wait while the first one reads or writes a checkpoint or a merged model; Ray's default of half an hour is short for 70B.
+COLLECTIVE_TIMEOUT_S = 7200
+
 
 def fit(
     name: str,
@@ -45,7 +48,7 @@ def fit(
         ClusterError: it failed more often than `max_failures`.
     """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     filesystem, path = work.filesystem()
     resources = {"CPU": num_cpus} | ({"GPU": num_gpus} if num_gpus else {})
@@ -53,6 +56,7 @@ def fit(
     trainer = TorchTrainer(
         worker,
         train_loop_config=loop_config,
+        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=num_gpus > 0, resources_per_worker=resources),
         run_config=RunConfig(
             name=name,

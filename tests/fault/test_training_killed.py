@@ -78,7 +78,9 @@ def test_a_killed_training_resumes_to_the_same_weights(finished_run: FinishedRun
 def test_a_killed_reward_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     make_llama(tmp_path / "base", seed=3)
     for name, chosen, rejected in (("a", "hello", "are"), ("b", "you", "today")):
-        rows = [{"prompt": f"question {name} {i}", "chosen": chosen, "rejected": rejected} for i in range(70)]
+        rows = [
+            {"prompt": f"question {name} {i}", "chosen": f"{chosen} {i}" * (1 + i % 3), "rejected": rejected} for i in range(70)
+        ]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def command(output: str) -> list[str]:
@@ -93,14 +95,14 @@ def test_a_killed_reward_training_resumes_to_the_same_weights(tmp_path: Path) ->
             "--num-workers",
             "2",
             "--batch-size",
-            "2",
+            "4",
         ]
         program = [sys.executable, "-m", "rc_ray", "train-reward", *pairs, *options]
-        return [*program, "--epochs", "1", "--save-every-steps", "5", "--output", str(tmp_path / output)]
+        return [*program, "--epochs", "2", "--save-every-steps", "5", "--output", str(tmp_path / output)]
 
     undisturbed = subprocess.run(command("whole"), capture_output=True, text=True, timeout=300, check=False)
     assert undisturbed.returncode == 0, undisturbed.stderr[-3000:]
-    kill_at(command("killed"), tmp_path / "killed.training" / "reward" / "checkpoint_manager_snapshot.json", "step-000010")
+    kill_at(command("killed"), tmp_path / "killed.training" / "reward" / "checkpoint_manager_snapshot.json", "step-000020")
     assert not (tmp_path / "killed" / "reward_training.json").exists()
     resumed = subprocess.run(command("killed"), capture_output=True, text=True, timeout=300, check=False)
     assert resumed.returncode == 0, resumed.stderr[-3000:]

@@ -116,6 +116,8 @@ def test_counts_of_parts_add_up() -> None:
         ({"trl": {"label_smothing": 0.1}}, "no such field; did you mean 'label_smoothing'"),
         ({"trl": {"beta": 0.2}}, r"is set by training\.beta"),
         ({"trl": {"ld_alpha": 0.5}}, "only sums are kept"),
+        ({"trl": {"dataloader_drop_last": True}}, "would leave pairs out"),
+        ({"recipe": "mix", "trl": {"label_smoothing": 0.1}}, r"no effect on training\.recipe = mix"),
         ({"loss_type": "sigmod"}, "no such loss; did you mean 'sigmoid'"),
         ({"loss_type": ["sigmoid", "sft"], "trl": {"loss_weights": [1.0]}}, "a number for each of"),
         ({"report_to": ["mlflow"]}, "`pip install mlflow`"),
