@@ -222,18 +222,20 @@ def train(
         )
     check_training(resolved.training)
     folder = Folder.at(output)
-    if not folder.is_empty():
-        raise DataError(f"output = {output!r}: the folder is not empty; give a new one")
     from rc_ray.pipeline.progress import live_progress
-    from rc_ray.training.dpo import train_dpo
+    from rc_ray.training.dpo import is_begun, train_dpo
 
-    plan = _connect(resolved)
     work = Folder(f"{folder.uri}.training")
+    if not folder.is_empty() and not is_begun(work):
+        raise DataError(f"output = {output!r}: the folder is not empty; give a new one")
+    plan = _connect(resolved)
     if isinstance(pairs, str):
         source = Folder.at(pairs)
     else:
+        from ray.data import SaveMode
+
         source = work / "pairs"
-        pairs.write_parquet(source.uri)
+        pairs.write_parquet(source.uri, mode=SaveMode.OVERWRITE)
     with live_progress(resolved.cluster.progress_interval_s, print) as board:
         facts = train_dpo(resolved, source, folder, work, plan.train_cpus, plan.train_gpus, board, work / "reference")
     for line in facts["remarks"]:

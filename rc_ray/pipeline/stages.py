@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -408,8 +409,8 @@ def train(config: Config, run: RunDir, session: Session | None) -> None:
     plan = session.plan
     work = run.ledger.folder / "training"
     cache = run.ledger.folder / "reference"
-    facts = train_dpo(config, run.pairs, run.model, work, plan.train_cpus, plan.train_gpus, session.board, cache, TRAIN)
-    run.ledger.finish(TRAIN, facts)
+    finish = partial(run.ledger.finish, TRAIN)
+    train_dpo(config, run.pairs, run.model, work, plan.train_cpus, plan.train_gpus, session.board, cache, TRAIN, finish)
 
 
 def evaluate(config: Config, run: RunDir, session: Session | None) -> None:

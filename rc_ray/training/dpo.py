@@ -16,6 +16,7 @@ import json
 import math
 import os
 import resource
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +25,8 @@ from typing import Any
 import pyarrow as pa
 
 from rc_ray.config import Config, TrainingConfig
-from rc_ray.errors import ConfigError, DataError
+from rc_ray.config.load import differences, result_fields
+from rc_ray.errors import ConfigError, DataError, ResumeError
 from rc_ray.ledger.storage import Folder
 from rc_ray.models.identity import model_identity
 from rc_ray.models.resolve import local_model
@@ -38,7 +40,7 @@ from rc_ray.training.sharding import is_sharded
 from rc_ray.training.workers import Place, checkpoint_callback, fit, hide_group_of_one, join, leave, remove, save
 
 EXPERIMENT, RECORD, OUTCOME = "dpo", "rc_ray_training.json", "outcome.json"
-RUNS = "runs"
+RUNS, PARTS, MODELS, BEGUN = "runs", "parts", "models", "begun.json"
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ def train_dpo(
     board: Any,
     cache: Folder,
     stage: str = "train",
+    finish: Callable[[dict[str, Any]], None] = lambda facts: None,
 ) -> dict[str, Any]:
     """Trains on the connected cluster and writes the policy to `output`.
 
@@ -109,6 +112,7 @@ def train_dpo(
         train_cpus, train_gpus: per worker.
         board: progress actor.
         cache: keeps the reference's log-probs, unless `training.reference.folder` says where.
+        finish: gets the facts when the policy is whole, before the checkpoints are removed.
 
     Returns:
         Facts: those of `Preflight`, the recipe, hashes of data and reference, the log history of rank 0, the most memory that its process took
@@ -116,11 +120,13 @@ def train_dpo(
 
     Raises:
         DataError: see `preflight`.
+        ResumeError: `work` holds checkpoints of another training.
         ClusterError: training failed more often than max_failures.
     """
     training = config.training
     check_training(training, train_gpus > 0)
     facts, counts = _look(config, pairs, train_cpus)
+    _begin(work, _what_decides(config, counts))
     objectives = sorted(counts.rewards)
     _check_recipe(training, objectives)
     kept = cache if training.reference.folder is None else Folder.at(training.reference.folder)
@@ -134,7 +140,7 @@ def train_dpo(
         models: list[Folder] = []
         for number, name in enumerate(objectives):
             is_last = number == len(objectives) - 1
-            target = output if training.recipe == "sequential" and is_last else work / "models" / name
+            target = output if training.recipe == "sequential" and is_last else work / MODELS / name
             given = config
             if training.recipe == "sequential" and models:
                 given = config.model_copy(update={"model": models[-1].uri, "revision": None})
@@ -145,7 +151,7 @@ def train_dpo(
                     {"objective": name},
                     objectives,
                     target,
-                    work / "parts" / name,
+                    work / PARTS / name,
                     work / RUNS / name,
                     kept,
                     resources,
@@ -164,9 +170,46 @@ def train_dpo(
     if (work / RUNS).exists():
         (work / RUNS).copy_to(output / RUNS)
     output.write_bytes("README.md", model_card(config, found).encode())
-    if work.exists():
-        remove(work)
+    finish(found)
+    work.remove(BEGUN)  # first: what is left of the rest is nobody's
+    remove(work)
     return found
+
+
+def _what_decides(config: Config, counts: PairCounts) -> dict[str, Any]:
+    """All that a training's outcome depends on."""
+    reference = config.training.reference
+    return {
+        "pairs": f"{counts.digest:032x}",
+        "model": model_identity(config.model, config.revision),
+        "reference": model_identity(reference.model, reference.revision) if reference.model else None,
+        "training": result_fields(config.training),
+        "seed": config.seed,
+    }
+
+
+def is_begun(work: Folder) -> bool:
+    """Whether a training that was killed can go on from there."""
+    return work.exists(BEGUN)
+
+
+def _begin(work: Folder, decides: dict[str, Any]) -> None:
+    """Takes a new folder, or that of this training, killed.
+
+    Raises:
+        ResumeError: it is another one's.
+    """
+    begun = work.read_json(BEGUN) if is_begun(work) else None
+    if begun is None:
+        for name in (EXPERIMENT, PARTS, MODELS, RUNS):
+            if (work / name).exists():
+                remove(work / name)
+        work.write_json(BEGUN, decides)
+    elif begun != decides:
+        raise ResumeError(
+            f"{work.uri!r} holds checkpoints of another training ({'; '.join(differences(begun, decides))}); bring back what it began with to go on "
+            "with it, or remove that folder to train anew"
+        )
 
 
 def _look(config: Config, pairs: Folder, num_cpus: float) -> tuple[Preflight, PairCounts]:

@@ -49,6 +49,8 @@ class PairCounts:
     """The first pair of each problem."""
     rewards: dict[str, list[float]] = field(default_factory=dict)
     """Smallest and largest reward of each objective, where pairs have rewards."""
+    digest: int = 0
+    """Of the content and place of all pairs, whatever the order in which they are counted."""
 
     def add(self, other: PairCounts) -> None:
         """Takes in those of later pairs."""
@@ -59,6 +61,7 @@ class PairCounts:
         self.num_padded_tokens += other.num_padded_tokens
         self.problems.update(other.problems)
         self.examples = {**other.examples, **self.examples}
+        self.digest = (self.digest + other.digest) % (1 << 128)
         for name, (low, high) in other.rewards.items():
             known = self.rewards.get(name, [low, high])
             self.rewards[name] = [min(known[0], low), max(known[1], high)]

@@ -1,0 +1,59 @@
+"""A training that was broken off goes on where it was, and no other one takes its place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+import rc_ray
+from rc_ray.errors import ClusterError, ResumeError
+
+RULE = {"kind": "rule", "function": "rc_ray.rewards.rules:length_near", "args": {"target_words": 3}}
+
+
+def test_a_training_goes_on_with_its_own_pairs_and_options_alone(
+    tiny_policy: Path, objective_pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    from rc_ray.training import dpo
+
+    config = {
+        "model": str(tiny_policy),
+        "output": "unused",
+        "prompts": {"path": "unused"},
+        "rewards": {"kind": RULE, "brief": RULE},
+        "training": {"num_workers": 1, "global_batch_size": 4, "per_device_batch_size": 2, "max_steps": 2},
+    }
+    output, work = tmp_path / "model", tmp_path / "model.training"
+
+    def train(rows: list[dict[str, Any]], *overrides: str) -> str:
+        return rc_ray.train(config, ray.data.from_items(rows), str(output), overrides=overrides)
+
+    def broken(*_: Any, **__: Any) -> None:
+        output.mkdir(exist_ok=True)
+        (output / "half.safetensors").touch()
+        raise ClusterError("broken off")
+
+    rows = pq.read_table(objective_pairs).to_pylist()
+    try:
+        for _ in range(2):
+            with monkeypatch.context() as patched, pytest.raises(ClusterError, match="broken off"):
+                patched.setattr(dpo, "fit", broken)
+                train(rows)
+            written = pq.read_table(work / "pairs")
+            assert written.num_rows == len(rows), "as many as were given, however often they are"
+        with pytest.raises(ResumeError, match=r"model\.training' holds checkpoints of another training \(training\.beta: 0\.1 -> 0\.5\)"):
+            train(rows, "training.beta=0.5")
+        with pytest.raises(ResumeError, match=r"another training \(pairs: "):
+            train(rows[1:])
+        assert train(rows) == str(output)
+        assert (output / "model.safetensors").exists()
+        assert not work.exists()
+        with pytest.raises(rc_ray.errors.DataError, match="is not empty"):
+            train(rows)
+    finally:
+        ray.shutdown()
