@@ -225,7 +225,7 @@ def train(
     from rc_ray.pipeline.progress import live_progress
     from rc_ray.training.dpo import is_begun, train_dpo
 
-    work = Folder(f"{folder.uri}.training")
+    work = folder.beside(".training")
     if not folder.is_empty() and not is_begun(work):
         raise DataError(f"output = {output!r}: the folder is not empty; give a new one")
     plan = _connect(resolved)
@@ -393,7 +393,7 @@ def report(run_directory: str) -> str:
     """Writes metrics.json, report/index.html and README.md of a run directory again; returns the path of the report."""
     run_dir = rundir.open_existing(run_directory)
     stages.report(run_dir.config(), run_dir)
-    return f"{run_dir.report.uri}/index.html"
+    return (run_dir.report / "index.html").uri
 
 
 def _keep_prompts(config: ConfigSource, overrides: Iterable[str], prompts: Dataset | Iterable[Any]) -> Config:
@@ -402,11 +402,11 @@ def _keep_prompts(config: ConfigSource, overrides: Iterable[str], prompts: Datas
     column = resolved.prompts.column
     cells = (row.get(column) for row in prompts.iter_rows()) if hasattr(prompts, "iter_rows") else iter(prompts)
     content = "".join(json.dumps({column: cell}, default=_plain) + "\n" for cell in cells).encode()
-    folder = Folder.at(f"{resolved.output.rstrip('/')}-prompts")
+    folder = Folder.at(resolved.output).beside("-prompts")
     name = f"{hashlib.blake2b(content, digest_size=16).hexdigest()}.jsonl"
     if not folder.exists(name):
         folder.write_bytes(name, content)
-    source = resolved.prompts.model_copy(update={"path": f"{folder.uri}/{name}"})
+    source = resolved.prompts.model_copy(update={"path": (folder / name).uri})
     return resolved.model_copy(update={"prompts": source})
 
 

@@ -34,7 +34,7 @@ def write_report(run: RunDir) -> str:
     )
     run.report.write_bytes("index.html", _html(metrics, manifest, examples).encode())
     run.root.write_bytes("README.md", _card(metrics, manifest).encode())
-    return f"{run.report.uri}/index.html"
+    return (run.report / "index.html").uri
 
 
 def plot_rewards(comparison: dict[str, Any]) -> Any:

@@ -79,8 +79,9 @@ class RunDir:
         self.root.write_json("manifest.json", {**self.manifest(), **facts})
 
     def config(self) -> Config:
-        """The configuration that the directory was made with."""
-        return load_config(yaml.safe_load(self.root.read_bytes("config.yaml")))
+        """The configuration that the directory was made with; its output is this directory, wherever that was then."""
+        recorded = load_config(yaml.safe_load(self.root.read_bytes("config.yaml")))
+        return recorded.model_copy(update={"output": self.root.uri})
 
     def result_fields(self) -> dict[str, Any]:
         """What decided its results, as recorded; an option that this version of the package has added since counts with its default."""

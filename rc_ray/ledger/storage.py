@@ -39,7 +39,10 @@ class Folder:
         text = str(uri)
         if text.startswith("file://"):
             text = text.removeprefix("file://")
-        return cls(text.rstrip("/") if "://" in text else os.path.abspath(os.path.expanduser(text)))
+        if "://" not in text:
+            return cls(os.path.abspath(os.path.expanduser(text)))
+        base, mark, query = text.partition("?")
+        return cls(f"{base.rstrip('/')}{mark}{query}")
 
     @property
     def is_local(self) -> bool:
@@ -59,8 +62,12 @@ class Folder:
             ) from None
 
     def __truediv__(self, name: str) -> Folder:
+        return self.beside(f"/{name}")
+
+    def beside(self, suffix: str) -> Folder:
+        """The folder whose path is this one's with a suffix; options of the filesystem in a URI's query stay."""
         base, mark, query = self.uri.partition("?") if not self.is_local else (self.uri, "", "")
-        return Folder(f"{base}/{name}{mark}{query}")
+        return Folder(f"{base}{suffix}{mark}{query}")
 
     def names(self, suffix: str = "") -> list[str]:
         """Sorted names of the plain files in this folder; empty when it does not exist."""

@@ -126,12 +126,12 @@ def pilot(
     resolved = load_config(config, overrides)
     chosen, total = _draw(resolved, num_prompts)
     most = resolved.generation.max_candidates or resolved.generation.num_candidates
-    source = Folder(f"{Folder.at(resolved.output).uri}-pilot-prompts")
+    source = Folder.at(resolved.output).beside("-pilot-prompts")
     source.write_table("prompts.parquet", pa.table({"prompt": pa.array(chosen, schemas.MESSAGES)}))
     small = resolved.model_copy(
         update={
-            "output": f"{Folder.at(resolved.output).uri}-pilot",
-            "prompts": type(resolved.prompts)(path=f"{source.uri}/prompts.parquet"),
+            "output": Folder.at(resolved.output).beside("-pilot").uri,
+            "prompts": type(resolved.prompts)(path=(source / "prompts.parquet").uri),
             "generation": resolved.generation.model_copy(
                 update={"num_candidates": most, "max_candidates": None, "target_gap": None}
             ),
@@ -235,7 +235,7 @@ def _bootstrap(pairs: NDArray[np.float64], tokens: NDArray[np.float64], of: Call
 
 def side_by_side(run_dir: RunDir, metrics: dict[str, Any]) -> dict[str, Any] | None:
     """What the pilot of this run predicted beside what came out, for metrics.json; None without a pilot."""
-    folder = Folder(f"{run_dir.root.uri}-pilot")
+    folder = run_dir.root.beside("-pilot")
     if not folder.exists(FILE):
         return None
     prediction = folder.read_json(FILE)

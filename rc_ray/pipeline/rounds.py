@@ -76,7 +76,7 @@ def round_config(config: Config, number: int, model: str | None) -> Config:
         model: folder of the policy that the round before trained; None in the first.
     """
     changes: dict[str, Any] = {
-        "output": f"{config.output.rstrip('/')}/round-{number}",
+        "output": (Folder.at(config.output) / f"round-{number}").uri,
         "seed": config.seed + number - 1,
         "rounds": RoundsConfig(),
     }

@@ -52,12 +52,12 @@ class RunResult:
     @property
     def pairs(self) -> str:
         """Folder with the pairs in Parquet."""
-        return f"{self.run_dir}/pairs"
+        return (Folder.at(self.run_dir) / "pairs").uri
 
     @property
     def model(self) -> str:
         """Folder of the trained policy."""
-        return f"{self.run_dir}/model"
+        return (Folder.at(self.run_dir) / "model").uri
 
     def lines(self) -> list[str]:
         """The summary that ends a run."""

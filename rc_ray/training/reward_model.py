@@ -110,7 +110,7 @@ class Prepared:
     @property
     def work(self) -> Folder:
         """Data and checkpoints while it runs."""
-        return Folder(f"{self.output.uri}.training")
+        return self.output.beside(".training")
 
 
 def prepare(pairs: str | Mapping[str, str], output: str, options: RewardTrainingConfig) -> Prepared:

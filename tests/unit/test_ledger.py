@@ -291,3 +291,25 @@ def test_only_a_run_directory_can_be_opened(tmp_path: Path) -> None:
             rundir.open_existing(str(place))
     rundir.create(config_for(tmp_path / "run"), HASHES)
     assert rundir.open_existing(str(tmp_path / "run")).config() == config_for(tmp_path / "run")
+
+
+def test_options_of_a_filesystem_stay_at_the_end_of_a_uri() -> None:
+    from rc_ray.pipeline.rounds import round_config
+    from rc_ray.pipeline.run import RunResult
+
+    query = "?scheme=http&endpoint_override=minio:9000"
+    folder = Folder.at(f"s3://bucket/run/{query}")
+    assert (folder / "pairs").uri == f"s3://bucket/run/pairs{query}"
+    assert folder.beside("-pilot").uri == f"s3://bucket/run-pilot{query}"
+    assert RunResult(folder.uri, {}).model == f"s3://bucket/run/model{query}"
+    config = config_for(Path("unused")).model_copy(update={"output": folder.uri})
+    assert round_config(config, 2, None).output == f"s3://bucket/run/round-2{query}"
+    assert Folder.at("/odd?name/").beside(".x").uri == "/odd?name.x"
+
+
+def test_a_directory_that_was_moved_is_its_own_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rundir.create(config_for(Path("runs/first")), HASHES)
+    (tmp_path / "runs" / "first").rename(tmp_path / "moved")
+    monkeypatch.chdir("/")
+    assert rundir.open_existing(str(tmp_path / "moved")).config().output == str(tmp_path / "moved")

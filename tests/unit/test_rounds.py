@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ def test_each_round_is_a_run_from_the_policy_before() -> None:
     first, second = round_config(config, 1, None), round_config(config, 2, "o/round-1/model")
     assert (first.model, first.seed, first.training.reference.model) == (config.model, config.seed, None)
     assert (second.model, second.seed, second.training.reference.model) == ("o/round-1/model", config.seed + 1, None)
-    assert (first.output, second.output) == (f"{config.output}/round-1", f"{config.output}/round-2")
+    assert (first.output, second.output) == tuple(str(Path(config.output, f"round-{n}").absolute()) for n in (1, 2))
     assert fingerprint(first) == fingerprint(load_config(GOOD)), "the first round is the run without rounds"
     assert load_config(second) == second
 
