@@ -199,9 +199,12 @@ class SamplingEngine:
                     name, first = next(iter(waiting.items()))
                     state = self._engine.output_processor.request_states.get(first)
                     if state is not None and state.is_prefilling:
-                        break  # vLLM begins them in this order
+                        break  # vLLM begins them in this order, unless adapters wait for room
                     begun_s[name] = now
                     del waiting[name]
+                for output in finished:
+                    begun_s.setdefault(output.request_id, now)
+                    waiting.pop(output.request_id, None)
                 with self._load_lock:
                     self._load.add_time(now - seen_s, held, most)
                     for output in finished:

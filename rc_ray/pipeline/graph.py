@@ -268,7 +268,7 @@ def run_groups(run: GroupRun, config: Config, plan: Plan, board: Any, sample: bo
         stage = run.score_stage if last in objectives else f"{run.score_stage}_{objectives[-1]}" if objectives else None
         _run_phase(run, config, plan, board, sizes, sample and any(map(is_generation, pools)), objectives, stage)
     why: str | None = ray.get(board.sampling_ended.remote())
-    return why
+    return why if set(sizes) - run.ledger.done(run.sample_stage) else None  # nothing is left when the last blocks used it up
 
 
 def _run_phase(
