@@ -373,6 +373,10 @@ class Config(Section):
             raise ValueError(
                 "rounds.reference: initial has no effect with training.reference.model, which is taken in every round; leave one out"
             )
+        if rounds.number > 1 and rounds.reference == "initial" and self.training.recipe == "sequential":
+            raise ValueError(
+                "rounds.reference: initial cannot be kept by training.recipe: sequential, whose references are the policies before; leave one out"
+            )
         if rounds.number == 1 and rounds != RoundsConfig():
             name = "reference" if rounds.max_reward_drop is None else "max_reward_drop"
             raise ValueError(f"rounds.{name} has no effect on one round; set rounds.number")

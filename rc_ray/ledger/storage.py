@@ -191,6 +191,13 @@ class Folder:
             return schema.empty_table()
         return pa.concat_tables(tables, promote_options="default")
 
+    def listing(self) -> list[tuple[str, int, str]]:
+        """Path in this folder, size in bytes and time of the last change of all files below it; empty when it does not exist."""
+        filesystem, path = self.filesystem()
+        infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=True))
+        files = (info for info in infos if info.type == pafs.FileType.File)
+        return sorted((info.path.removeprefix(path), info.size, str(info.mtime)) for info in files)
+
     def upload(self, local: str | Path) -> None:
         """Copies a local folder into this one."""
         filesystem, path = self.filesystem()

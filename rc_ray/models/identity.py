@@ -20,7 +20,7 @@ def model_identity(name: str, revision: str | None = None, is_adapter: bool = Fa
     if not path.is_dir():
         return f"hub:{hub_commit(name, revision, ADAPTER_CONFIG if is_adapter else 'config.json')}"
     files = sorted(
-        f for f in path.rglob("*") if f.is_file() and f.suffix in (".json", ".safetensors", ".jinja", ".txt", ".model")
+        f for f in path.rglob("*") if f.is_file() and f.suffix in (".json", ".safetensors", ".jinja", ".txt", ".model", ".py")
     )
     whole = sum(f.stat().st_size for f in files) <= FULL_HASH_BYTES
     digest = hashlib.blake2b(digest_size=16)
@@ -29,7 +29,7 @@ def model_identity(name: str, revision: str | None = None, is_adapter: bool = Fa
         if file.name == "reward_training.json":
             continue
         digest.update(f"{file.relative_to(path)}:{file.stat().st_size}".encode())
-        if whole or file.suffix == ".json":
+        if whole or file.suffix in (".json", ".py"):
             with file.open("rb") as stream:
                 while block := stream.read(1 << 20):
                     digest.update(block)

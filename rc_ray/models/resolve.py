@@ -137,10 +137,12 @@ def local_model(name: str) -> str:
     if name.startswith("embedded:"):
         return str(embedded.folder(name))
     if "://" in name:
-        target = embedded.cache_dir() / "remote" / hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
+        folder = Folder.at(name)
+        key = json.dumps([name, folder.listing()])  # another model may have taken its place
+        target = embedded.cache_dir() / "remote" / hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
         with embedded.build_once(target) as staged:
             if staged is not None:
-                Folder.at(name).download(staged)
+                folder.download(staged)
         return str(target)
     path = Path(name).expanduser()
     if path.is_dir():

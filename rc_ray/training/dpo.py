@@ -148,7 +148,7 @@ def train_dpo(
                 found = _train_one(
                     given,
                     pairs,
-                    {"objective": name},
+                    {"objective": name, "brought": given is config},
                     objectives,
                     target,
                     work / PARTS / name,
@@ -263,6 +263,8 @@ def _train_one(
     actors = training.reference.num_actors or training.least_workers
     reading = replace(pairs_task(config, pairs, num_gpus > 0, max(1, num_cores() // actors)), **prepared)
     tokens, names, counts = reference_logps(reading, cache, actors, num_cpus, num_gpus)
+    if prepared.get("scales"):  # goals make prompts longer
+        counts.check(pairs.uri, training.max_length, training.max_too_long_fraction)
     if counts.num_pairs == counts.problems["too_long"]:
         raise DataError(f"pairs = {pairs.uri!r}: no pair is ordered by {prepared.get('objective')!r}; leave the objective out")
     facts = _facts(training, counts)

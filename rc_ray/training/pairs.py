@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from jinja2 import TemplateError
+
 from rc_ray.core.ids import Message
 from rc_ray.errors import DataError
 
@@ -105,7 +107,8 @@ class PairTokenizer:
     def __init__(self, tokenizer: Any, end_ids: frozenset[int], max_length: int | None, template: str | None = None) -> None:
         self._tokenizer, self._end_ids, self._max_length, self._template = tokenizer, end_ids, max_length, template
         self._writes_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-        self._blank = frozenset(tokenizer(each, add_special_tokens=False)["input_ids"][0] for each in ("\n", " ", "\n\n"))
+        blank = (tokenizer(each, add_special_tokens=False)["input_ids"] for each in ("\n", " ", "\n\n"))
+        self._blank = frozenset(token for ids in blank for token in ids) - end_ids  # some write a space before a line break
 
     def tokenize(self, rows: Iterable[dict[str, Any]], first: int = 0) -> tuple[list[dict[str, Any]], PairCounts]:
         """The pairs that can be trained on, as {row, prompt_ids, chosen_ids, rejected_ids}, and counts of all.
@@ -120,7 +123,7 @@ class PairTokenizer:
             try:
                 ids = self._ids(row)
                 problem = self._problem(row, ids)
-            except (TypeError, KeyError, IndexError, AttributeError, ValueError):
+            except (TypeError, KeyError, IndexError, AttributeError, ValueError, TemplateError):
                 ids, problem = {}, "malformed"
             if problem:
                 counts.problems[problem] += 1

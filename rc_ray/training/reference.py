@@ -78,6 +78,8 @@ class PairsTask:
     """Whose order the pairs are turned to."""
     scales: dict[str, tuple[float, float]] | None = None
     """For `reward_augmented`: smallest and largest reward of each objective."""
+    brought: bool = True
+    """Whether log-probs that the pairs bring are of this reference."""
     any_template: bool = False
     """Whether pairs may be sampled with another template."""
     results: Folder | None = None
@@ -125,7 +127,10 @@ class ReadPairs:
         counts.digest = int.from_bytes(hashlib.blake2b(whole.encode(), digest_size=16).digest(), "big")
         if self._task.results is None:
             return counts, ""
-        given = [tuple(pairs[row["row"] - part.first].get(name) for name in REFERENCE) for row in rows]
+        given = [
+            tuple(pairs[row["row"] - part.first].get(name) if self._task.brought else None for name in REFERENCE)
+            for row in rows
+        ]
         content = json.dumps([rows, given])
         name = f"{hashlib.blake2b(content.encode(), digest_size=16).hexdigest()}.parquet"
         if not self._task.results.exists(name):

@@ -99,6 +99,36 @@ def test_pairs_that_are_too_long_are_left_out_up_to_a_share() -> None:
         counts.check("pairs", 60, 0.2)
 
 
+def test_a_template_that_refuses_a_system_message_is_one_of_the_problems() -> None:
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHAT_TEMPLATE
+    rows = [pair(), pair()]
+    del rows[1]["prompt"][0]
+    kept, counts = look(rows, refusing)
+    assert [row["row"] for row in kept] == [1]
+    assert counts.problems == {"malformed": 1}
+
+
+def test_a_line_break_after_the_end_may_be_several_tokens() -> None:
+    """As of SentencePiece, which puts a space before it."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+
+    class Spaced:
+        def __call__(self, text: str, **options: Any) -> Any:
+            found = tokenizer(text, **options)
+            return {"input_ids": [9998, 9999]} if text == "\n" else found
+
+        def apply_chat_template(self, *arguments: Any, **options: Any) -> list[int]:
+            ids = list(tokenizer.apply_chat_template(*arguments, **options))
+            return ids if options["add_generation_prompt"] else [*ids, 9999]
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+    counts = PairTokenizer(Spaced(), frozenset([tokenizer.eos_token_id]), None).tokenize([pair()])[1]
+    assert not counts.problems
+
+
 def test_counts_of_parts_add_up() -> None:
     whole, first, second = PairCounts(), look([pair("same", "same"), pair()])[1], look([pair("hello " * 9), pair("a", "a")])[1]
     for part in (first, second):

@@ -58,6 +58,7 @@ def test_a_round_that_a_budget_ended_is_the_last() -> None:
         ({"reference": "initial"}, {}, r"rounds\.reference has no effect on one round"),
         ({"number": 2, "max_reward_drop": 0.1}, {"evaluation": {}}, "needs held-out rewards"),
         ({"number": 2, "reference": "initial"}, {"training": {"reference": {"model": "m/m"}}}, "which is taken in every round"),
+        ({"number": 2, "reference": "initial"}, {"training": {"recipe": "sequential"}}, "references are the policies before"),
         (0, {}, r"rounds\.number = 0"),
     ],
 )
