@@ -38,6 +38,9 @@ class Classifier(ABC):
     pad_token_id: int | None
     """Of the network."""
 
+    looks_from_the_right = True
+    """Whether padding in the middle of a text does not keep it from finding the end."""
+
     def __init__(self, config: ClassifierReward, tokenizer: Any, model_config: Any) -> None:
         self.tokenizer = tokenizer
         self.limit = length_limit(tokenizer, model_config, config.max_length)
@@ -135,6 +138,7 @@ class ClassifierRewardModel(Classifier):
         self._counts = self._batches.counts
         set_padding(tokenizer, self.model.config)
         self.pad_token_id = self.model.config.pad_token_id
+        self.looks_from_the_right = type(self.model).__module__.startswith("transformers.")
         # Transformers' decoders find the last token by its id, and attend to nothing on its right, so there a mask would only keep attention from
         # its fast way. Without the self-test, which would find the ones that attend to both sides, it stays.
         decoder = isinstance(self.model, GenericForSequenceClassification) and tokenizer.padding_side == "right"

@@ -40,7 +40,12 @@ def encode(
         turns = [m for m in messages if m["role"] != "system"]
         prompt = turns[0]["content"] if len(turns) == 1 else "\n".join(f"{m['role']}: {m['content']}" for m in turns)
         pair = tokenizer(prompt, answer)
-        encoded = {key: list(pair[key]) for key in ("input_ids", "attention_mask", "token_type_ids") if key in pair}
+        parts, begin = pair.sequence_ids(0), tokenizer.bos_token_id
+        # Llama's writes its beginning before the second part, too.
+        again = begin is not None and begin not in (tokenizer.eos_token_id, tokenizer.sep_token_id)
+        kept = [i for i, token in enumerate(pair["input_ids"]) if not (again and i and token == begin and parts[i] is None)]
+        names = [key for key in ("input_ids", "attention_mask", "token_type_ids") if key in pair]
+        encoded = {key: [pair[key][i] for i in kept] for key in names}
     length = len(encoded["input_ids"])
     if max_length is None or length <= max_length:
         return encoded
@@ -49,7 +54,7 @@ def encode(
         found = _of_messages(tokenizer, conversation, encoded["input_ids"], side)
     else:
         wanted = 0 if side == "prompt_start" else 1
-        found = [i for i, number in enumerate(pair.sequence_ids(0)) if number == wanted]
+        found = [number for number, i in enumerate(kept) if parts[i] == wanted]
     if surplus >= len(found):
         what = "prompt" if side == "prompt_start" else "answer"
         raise ValueError(f"{length} tokens exceed {max_length}, and the {what} has only {len(found)} of them")
@@ -98,6 +103,8 @@ def set_padding(tokenizer: Any, model_config: Any) -> None:
     Padding is masked in attention, but a model that takes the last token finds it as the last one that is no padding, so the token should not
     be one that ends a text; where there is no other, the self-test of rewards looks whether it does.
     """
+    if tokenizer.pad_token_id is None and model_config.pad_token_id is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model_config.pad_token_id)
     if tokenizer.pad_token_id is None:
         names = tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token
         known = [name for name in names if name is not None]

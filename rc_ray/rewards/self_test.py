@@ -1,8 +1,9 @@
 """What a classifier must pass before its rewards are used: each is a defect that reward models have had, and that nobody notices.
 
-* It begins a text with one beginning-of-sequence token, where its tokenizer has one.
+* It begins a text with one beginning-of-sequence token, where its tokenizer has one. (Templates may begin every turn with it.)
 * The text it reads ends where the answer ends: not before, and with no header of another turn after.
-* Its padding token occurs in no text; a model that takes the last token that is no padding would read the one before.
+* Its padding token ends no text; a model that takes the last token that is no padding would read the one before. In a text it may occur where the
+  network is one of transformers, which looks from the right; others may look from the left.
 * An answer has the same reward by itself, in a padded batch, and in another order.
 """
 
@@ -50,11 +51,11 @@ def _one_beginning(model: Classifier) -> str | None:
     if begin is None:
         return None
     ids = _ids(model, ANSWERS[0])
-    # Where the token also ends or separates texts, only those at the start can be counted.
-    elsewhere = begin in (tokenizer.eos_token_id, tokenizer.sep_token_id)
-    count = next((i for i, each in enumerate(ids) if each != begin), len(ids)) if elsewhere else ids.count(begin)
+    count = next((i for i, each in enumerate(ids) if each != begin), len(ids))
     if count > 1:
-        return f"its texts begin with {count} tokens {tokenizer.bos_token!r}; take all but one out of its chat template"
+        return (
+            f"its texts begin with {count} tokens {tokenizer.bos_token!r}; take all but one out of its chat template{TURN_OFF}"
+        )
     if count == 0 and tokenizer("a")["input_ids"][0] == begin:
         return f"its tokenizer begins texts with {tokenizer.bos_token!r}, but its chat template does not{TURN_OFF}"
     return None
@@ -79,8 +80,8 @@ def _ends_with_the_answer(model: Classifier) -> str | None:
 
 
 def _padding_is_no_text(model: Classifier) -> str | None:
-    padding = model.pad_token_id
-    if padding is None or padding not in _ids(model, ANSWERS[0]):
+    padding, ids = model.pad_token_id, _ids(model, ANSWERS[0])
+    if padding is None or padding not in (ids[-1:] if model.looks_from_the_right else ids):
         return None
     token = model.tokenizer.convert_ids_to_tokens(padding)
     return f"its padding token {token!r} also occurs in its texts, so the position it reads is not their end; give it another pad_token{TURN_OFF}"

@@ -241,6 +241,7 @@ def load_base(names: list[str], options: RewardTrainingConfig, on_gpu: bool) -> 
         **code,
     )
     set_padding(tokenizer, model.config)
+    model.config.pad_token_id = tokenizer.pad_token_id  # its head is new: what it is to take for padding is what it gets
     if options.lora_rank:
         from peft import get_peft_model
 

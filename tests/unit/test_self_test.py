@@ -13,7 +13,7 @@ from rc_ray.errors import ModelError
 from rc_ray.rewards.classifier import ClassifierRewardModel
 from rc_ray.rewards.encoding import encode
 from rc_ray.rewards.self_test import self_test
-from tests.conftest import CHAT_TEMPLATE, make_llama
+from tests.conftest import CHAT_TEMPLATE, make_llama, make_tokenizer
 
 PROMPT = [{"role": "user", "content": "hello, how are you?"}]
 ANSWERS = ["fine", "hello " * 20, "how are you today", "", "world " * 7]
@@ -64,6 +64,23 @@ def own_beginning(tokenizer: Any, config: Any) -> None:
     tokenizer.chat_template = "{{ bos_token }}" + CHAT_TEMPLATE
 
 
+def turns_begin_with_it(tokenizer: Any, config: Any) -> None:
+    """As SmolLM2's, whose padding ends every turn, but not the text: there is a line break after it."""
+    tokenizer.chat_template = "{% for m in messages %}<s>{{ m['role'] }},{{ m['content'] }}</s>,{% endfor %}"
+    padding_is_end(tokenizer, config)
+
+
+def no_padding_but_a_beginning(tokenizer: Any, config: Any) -> None:
+    tokenizer.unk_token = None
+    no_padding(tokenizer, config)
+    own_beginning(tokenizer, config)
+
+
+def padding_of_the_model_alone(tokenizer: Any, config: Any) -> None:
+    tokenizer.pad_token = None
+    config.pad_token_id = tokenizer.convert_tokens_to_ids("<|system|>")
+
+
 def padding_is_end(tokenizer: Any, config: Any) -> None:
     tokenizer.pad_token, config.pad_token_id = tokenizer.eos_token, tokenizer.eos_token_id
 
@@ -91,11 +108,17 @@ def other_padding(tokenizer: Any, config: Any) -> None:
     config.pad_token_id = tokenizer.convert_tokens_to_ids("<|system|>")
 
 
-@pytest.mark.parametrize("change", [no_padding, left_padding, own_beginning], ids=lambda change: change.__name__)
+@pytest.mark.parametrize(
+    "change",
+    [no_padding, left_padding, own_beginning, turns_begin_with_it, no_padding_but_a_beginning, padding_of_the_model_alone],
+    ids=lambda change: change.__name__,
+)
 def test_what_can_be_handled_gives_the_rewards_of_the_plain_network(change: Change, tmp_path: Path) -> None:
     folder = changed(tmp_path, change)
-    begin = "<s>" if change is own_beginning else ""
+    begin = "<s>" if change in (own_beginning, no_padding_but_a_beginning) else ""
     texts = [f"{begin}<|user|>{PROMPT[0]['content']}<|assistant|>{answer}</s>" for answer in ANSWERS]
+    if change is turns_begin_with_it:
+        texts = [f"<s>user,{PROMPT[0]['content']}</s>,<s>assistant,{answer}</s>," for answer in ANSWERS]
     scores = load(folder).score([PROMPT] * len(ANSWERS), ANSWERS)
     assert [s.value for s in scores] == pytest.approx(plain(folder, texts), abs=1e-5)
 
@@ -118,6 +141,23 @@ def test_what_cannot_is_caught_with_its_own_words(change: Change, words: str, tm
     assert words in str(caught.value)
     assert str(folder) in str(caught.value)
     assert load(folder, self_test=False).score([PROMPT], ["fine"])[0].value is not None
+
+
+def test_the_answer_of_a_pair_of_texts_has_no_beginning_of_its_own() -> None:
+    from tokenizers import processors
+
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template, start = None, tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", start)]
+    )
+    question, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (PROMPT[0]["content"], "fine"))
+    whole = encode(tokenizer, PROMPT, "fine")
+    assert whole["input_ids"] == [start, *question, *answer]
+    length = len(whole["input_ids"])
+    assert len(whole["attention_mask"]) == length
+    assert encode(tokenizer, PROMPT, "fine", length - 1, "answer_end")["input_ids"] == [start, *question, *answer[:-1]]
+    assert encode(tokenizer, PROMPT, "fine", length - 1, "prompt_start")["input_ids"] == [start, *question[1:], *answer]
 
 
 def test_a_reward_that_depends_on_the_order_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
