@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
@@ -314,7 +315,7 @@ def calibrate(
     Raises:
         ConfigError, DataError, ModelError: the configuration, the pairs or the models cannot be used. ClusterError: scoring failed.
     """
-    from rc_ray.evaluation.calibrate import calibrate_groups, labelled_groups, plot_reliability
+    from rc_ray.evaluation.calibrate import calibrate_groups, labelled_groups, other_rule, plot_reliability
     from rc_ray.training.preferences import read_preferences
 
     resolved = load_config(config, overrides)
@@ -339,7 +340,8 @@ def calibrate(
     groups = ray.data.from_arrow(labelled, override_num_blocks=-(-labelled.num_rows // size))
     with computing("scoring the labelled pairs"):
         scored = _table(attach_phases(groups, resolved, plan, start_board()))
-    found = calibrate_groups(scored, list(resolved.rewards), precision)
+    objectives = list(resolved.rewards)
+    found = replace(calibrate_groups(scored, objectives, precision), other_rule=other_rule(resolved.selection, objectives))
     if output is not None:
         picture = io.BytesIO()
         plot_reliability(found).savefig(picture, format="png", dpi=120)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from rc_ray.config import SelectionConfig
 from rc_ray.core import schemas
 from rc_ray.core.calibration import (
     Floats,
@@ -109,6 +110,8 @@ class CalibrationReport:
     margins: dict[str, float] | None
     """For `selection.margins` of rewards without a transform; None when the wanted precision is out of reach."""
     with_margins: dict[str, Precision]
+    other_rule: tuple[str, ...] = ()
+    """Options of `selection` by which pairs are chosen otherwise than by strict RC on the rewards as they are, which is what was judged."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -148,7 +151,13 @@ class CalibrationReport:
             )
         else:
             given = ", ".join(f"{name}: {margin:.6g}" for name, margin in self.margins.items())
-            shown.append(f"precision {self.precision:g}: --set 'selection.margins={{{given}}}'")
+            if self.other_rule:
+                shown.append(
+                    f"precision {self.precision:g}: margins {given}, for strict RC on the rewards as they are; not for this configuration, which has "
+                    f"{', '.join(f'selection.{name}' for name in self.other_rule)}"
+                )
+            else:
+                shown.append(f"precision {self.precision:g}: --set 'selection.margins={{{given}}}'")
             shown += _precision_lines("with them", self.with_margins)
         return shown
 
@@ -159,6 +168,19 @@ def _precision_lines(title: str, found: dict[str, Precision]) -> list[str]:
         + (f", {cell(p.precision)} of them as labelled" if p.precision else "")
         for name, p in found.items()
     ]
+
+
+def other_rule(selection: SelectionConfig, objectives: Sequence[str]) -> tuple[str, ...]:
+    """See `CalibrationReport.other_rule`."""
+    differs = {
+        "objectives": selection.objectives is not None and set(selection.objectives) != set(objectives),
+        "transforms": any(not transform.is_identity for transform in selection.transforms.values()),
+        "ensembles": bool(selection.ensembles),
+        "consistency": selection.consistency != "strict",
+        "min_agreeing": selection.min_agreeing is not None,
+        "margin_unit": selection.margin_unit != "absolute",
+    }
+    return tuple(name for name, is_so in differs.items() if is_so)
 
 
 def calibrate_groups(groups: pa.Table, objectives: Sequence[str], precision: float) -> CalibrationReport:

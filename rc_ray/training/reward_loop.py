@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from rc_ray.config import RewardTrainingConfig
+from rc_ray.config import ClassifierReward, RewardTrainingConfig
 from rc_ray.errors import ModelError
 from rc_ray.ledger.storage import Folder
 from rc_ray.models.resolve import local_model
+from rc_ray.rewards.batches import TokenBatches
 from rc_ray.rewards.encoding import set_padding
 from rc_ray.training.lora import in_bfloat16, lora_of, weights_dtype
 
@@ -207,7 +208,7 @@ def train_reward_model(
         model = model.merge_and_unload()
     differences = []
     if place is None or place.rank == 0:
-        differences = _differences(model, tokenizer, held_out, columns)
+        differences = _differences(model, tokenizer, held_out, columns, on_gpu)
     judged = pa.table(
         {
             "set": held_out.column("set"),
@@ -276,19 +277,26 @@ def head_of(model: Any, name: str) -> Any:
     return found[-1]
 
 
-def _differences(model: Any, tokenizer: Any, held_out: pa.Table, columns: Any) -> list[float]:
+def _differences(model: Any, tokenizer: Any, held_out: pa.Table, columns: Any, on_gpu: bool) -> list[float]:
     """r(chosen) - r(rejected) of every held-out pair."""
     import torch
 
     model.eval()
-    found: list[float] = []
-    with torch.inference_mode():
-        for start in range(0, len(held_out), 32):
-            rows = held_out.slice(start, 32).to_pylist()
-            texts = [row[side] for side in ("chosen", "rejected") for row in rows]
-            inputs = tokenizer.pad(texts, return_tensors="pt").to(model.device)
+    rows = held_out.to_pylist()
+    texts = [(row[side], int(columns[row["set"]])) for row in rows for side in ("chosen", "rejected")]
+
+    def forward(batch: list[int]) -> list[float]:
+        inputs = tokenizer.pad([texts[i][0] for i in batch], return_tensors="pt").to(model.device)
+        with torch.inference_mode():
             logits = model(**inputs).logits.float().cpu()
-            of = columns[torch.tensor([row["set"] for row in rows])]
-            chosen, rejected = logits.reshape(2, len(rows), -1).gather(2, of[None, :, None].expand(2, -1, 1))[..., 0]
-            found += (chosen - rejected).tolist()
-    return found
+        return [float(logits[row, texts[i][1]]) for row, i in enumerate(batch)]
+
+    batches = TokenBatches(ClassifierReward.model_fields["max_batch_tokens"].default, None, on_gpu)
+    scores = batches.score([len(text["input_ids"]) for text, _ in texts], forward)
+    for score in scores:
+        if score.value is None:
+            raise ModelError(
+                f"the trained model gives a held-out answer no reward: {score.missing}; lower --learning-rate if it diverged, --max-length if memory ran out"
+            )
+    values = [score.value or 0.0 for score in scores]
+    return [chosen - rejected for chosen, rejected in zip(values[::2], values[1::2], strict=True)]

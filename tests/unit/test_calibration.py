@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,11 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from rc_ray.config import SelectionConfig
 from rc_ray.core import schemas
 from rc_ray.core.calibration import MIN_PAIRS, directions, fit_temperature, precision_margins, reliability
 from rc_ray.errors import DataError
-from rc_ray.evaluation.calibrate import LABELLED_GROUP, calibrate_groups, labelled_groups, plot_reliability
+from rc_ray.evaluation.calibrate import LABELLED_GROUP, calibrate_groups, labelled_groups, other_rule, plot_reliability
 
 finite = st.floats(-50, 50, allow_nan=False)
 differences = st.lists(finite, min_size=1, max_size=60)
@@ -150,6 +152,22 @@ def scored(d: dict[str, np.ndarray], label: str) -> pa.Table:
         for field, column in zip(schemas.reward_fields([name]), (rewards, missing), strict=True):
             table = table.append_column(field, pa.array(column, field.type))
     return table
+
+
+def test_margins_are_not_offered_to_another_rule() -> None:
+    names = ["good", "brief"]
+    found = calibrate_groups(scored({"good": noisy(1, 3000)[:, 0], "brief": np.ones(3000)}, "good"), names, 0.8)
+    for options, differs in (
+        ({}, ()),
+        ({"objectives": ["brief", "good"], "transforms": {"good": {"kind": "identity"}}}, ()),
+        ({"transforms": {"good": {"kind": "zscore"}}, "margin_unit": "scale"}, ("transforms", "margin_unit")),
+        ({"objectives": ["good"], "consistency": "weak"}, ("objectives", "consistency")),
+    ):
+        rule = other_rule(SelectionConfig(**options), names)
+        assert rule == differs
+        text = "\n".join(replace(found, other_rule=rule).lines())
+        assert ("--set 'selection.margins" in text) == (not differs)
+        assert all(f"selection.{name}" in text for name in differs)
 
 
 def test_the_report_says_what_each_objective_is_worth() -> None:
