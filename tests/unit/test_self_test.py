@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rc_ray.config import ClassifierReward
+from rc_ray.config import ClassifierReward, RewardTrainingConfig
 from rc_ray.errors import ModelError
 from rc_ray.rewards.classifier import ClassifierRewardModel
 from rc_ray.rewards.encoding import encode
@@ -176,3 +177,14 @@ def test_a_limit_that_no_text_fits_is_no_failure(tmp_path: Path) -> None:
     model = load(make_llama(tmp_path, seed=5, labels=1), max_length=8)
     assert model.score([PROMPT], ["fine"])[0].value is None
     assert len(encode(model.tokenizer, PROMPT, "fine")["input_ids"]) > 8
+
+
+def test_texts_are_looked_at_before_a_reward_model_is_trained_on_them(tmp_path: Path) -> None:
+    from rc_ray.training.reward_model import prepare
+
+    rows = [{"prompt": f"question {i}", "chosen": "good", "rejected": "bad"} for i in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = changed(tmp_path / "base", two_beginnings)
+    with pytest.raises(ModelError, match=r"base = .*begin with 2 tokens '<s>'"):
+        prepare(str(tmp_path / "pairs.jsonl"), str(tmp_path / "output"), RewardTrainingConfig(base=str(base)))
+    assert not (tmp_path / "output").exists()
