@@ -1,7 +1,7 @@
 """Reading and writing on any pyarrow filesystem (local, S3, GCS, HDFS), addressed by one path or URI.
 
-Invariant: a file is either whole or absent. On a local disk it is written beside its place and renamed; on object stores a
-write becomes visible when it is closed, so no rename is needed.
+Invariant: a file is either whole or absent. It is written beside its place and renamed; on S3 and GCS a write becomes visible
+when it is closed, so no rename is needed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ import pyarrow.parquet as pq
 from rc_ray.errors import DataError
 
 LOCK_NAME = "driver.json"
+# Filesystems on which a file is there, or takes an older one's place, when its stream is closed; on others (HDFS, Azure) as soon as it is opened.
+WHOLE_WHEN_CLOSED = ("s3", "gcs")
 
 
 @dataclass(frozen=True)
@@ -111,11 +113,14 @@ class Folder:
         filesystem, path = self.filesystem()
         filesystem.create_dir(path, recursive=True)
         target = f"{path}/{name}"
-        if not self.is_local:
-            with filesystem.open_output_stream(target) as stream:
-                stream.write(content)
-            return
         staged = f"{path}/.{name}.{uuid.uuid4().hex[:8]}.tmp"
+        if not self.is_local:
+            whole = filesystem.type_name in WHOLE_WHEN_CLOSED
+            with filesystem.open_output_stream(target if whole else staged) as stream:
+                stream.write(content)
+            if not whole:
+                filesystem.move(staged, target)
+            return
         try:
             with open(staged, "wb") as file:
                 file.write(content)

@@ -313,3 +313,31 @@ def test_a_directory_that_was_moved_is_its_own_output(tmp_path: Path, monkeypatc
     (tmp_path / "runs" / "first").rename(tmp_path / "moved")
     monkeypatch.chdir("/")
     assert rundir.open_existing(str(tmp_path / "moved")).config().output == str(tmp_path / "moved")
+
+
+def test_a_write_that_is_cut_leaves_the_older_file_where_files_show_while_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on HDFS and Azure."""
+    import pyarrow.fs as pafs
+
+    class Cut:
+        type_name = "hdfs"
+
+        def open_output_stream(self, path: str) -> Any:
+            Path(path).write_bytes(b"")
+            raise OSError("killed")
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(pafs.LocalFileSystem(), name)
+
+    folder = uri_folder(tmp_path)
+    folder.write_bytes("a.json", b"old")
+    with monkeypatch.context() as patched:
+        patched.setattr(Folder, "filesystem", lambda self: (Cut(), str(tmp_path)))
+        with pytest.raises(OSError, match="killed"):
+            folder.write_bytes("a.json", b"new")
+    assert folder.read_bytes("a.json") == b"old"
+    folder.write_bytes("a.json", b"new")
+    assert folder.read_bytes("a.json") == b"new"
+    assert folder.names(".json") == ["a.json"]
