@@ -126,9 +126,9 @@ def train_dpo(
     training = config.training
     check_training(training, train_gpus > 0)
     facts, counts = _look(config, pairs, train_cpus)
-    _begin(work, _what_decides(config, counts))
     objectives = sorted(counts.rewards)
     _check_recipe(training, objectives)
+    _begin(work, _what_decides(config, counts))
     kept = cache if training.reference.folder is None else Folder.at(training.reference.folder)
     resources = (train_cpus, train_gpus)
     if training.recipe not in ("sequential", "soup"):

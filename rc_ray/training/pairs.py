@@ -52,7 +52,7 @@ class PairCounts:
     rewards: dict[str, list[float]] = field(default_factory=dict)
     """Smallest and largest reward of each objective, where pairs have rewards."""
     digest: int = 0
-    """Of the content and place of all pairs, whatever the order in which they are counted."""
+    """Of the content and place of all pairs, whatever the order in which they are counted; by a look at them, and 0 by the reference pass."""
 
     def add(self, other: PairCounts) -> None:
         """Takes in those of later pairs."""

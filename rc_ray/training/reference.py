@@ -123,9 +123,9 @@ class ReadPairs:
         pairs = self._prepared(read_slice(self._task.pairs, part))
         self._tokenizer = self._tokenizer or self._open()
         rows, counts = self._tokenizer.tokenize(pairs, part.first)
-        whole = json.dumps([part.first, pairs], default=str)
-        counts.digest = int.from_bytes(hashlib.blake2b(whole.encode(), digest_size=16).digest(), "big")
         if self._task.results is None:
+            whole = json.dumps([part.first, pairs], default=str)
+            counts.digest = int.from_bytes(hashlib.blake2b(whole.encode(), digest_size=16).digest(), "big")
             return counts, ""
         given = [
             tuple(pairs[row["row"] - part.first].get(name) if self._task.brought else None for name in REFERENCE)
