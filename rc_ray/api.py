@@ -224,10 +224,11 @@ def train(
     check_training(resolved.training)
     folder = Folder.at(output)
     from rc_ray.pipeline.progress import live_progress
-    from rc_ray.training.dpo import is_begun, train_dpo
+    from rc_ray.training.dpo import train_dpo
+    from rc_ray.training.workers import BEGUN
 
     work = folder.beside(".training")
-    if not folder.is_empty() and not is_begun(work):
+    if not folder.is_empty() and not work.exists(BEGUN):
         raise DataError(f"output = {output!r}: the folder is not empty; give a new one")
     plan = _connect(resolved)
     if isinstance(pairs, str):
@@ -386,8 +387,7 @@ def train_reward(
                 )
             with live_progress(settings.progress_interval_s, emit) as board:
                 result = train_on_ray(prepared, 1.0 if cluster.gpus else 0.0, board)
-    if prepared.work.exists():
-        remove(prepared.work)
+    remove(prepared.work)
     return result
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -37,13 +38,23 @@ class Folder:
 
     @classmethod
     def at(cls, uri: str | Path) -> Folder:
-        """A folder from a path or URI; `file://` and relative paths become absolute local paths."""
+        """A folder from a path or URI; `file://` and relative paths become absolute local paths.
+
+        Raises:
+            DataError: the URI holds a password, which manifests, logs and messages would repeat.
+        """
         text = str(uri)
         if text.startswith("file://"):
             text = text.removeprefix("file://")
         if "://" not in text:
             return cls(os.path.abspath(os.path.expanduser(text)))
         base, mark, query = text.partition("?")
+        parts = urlsplit(base)
+        if parts.password is not None:
+            raise DataError(
+                f"the URI of {parts.hostname}{parts.path} on {parts.scheme} holds a password, which would be repeated in records and messages; give the "
+                "keys to the machines as that storage's environment variables or a role, and leave them out of the URI"
+            )
         return cls(f"{base.rstrip('/')}{mark}{query}")
 
     @property

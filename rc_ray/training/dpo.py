@@ -25,8 +25,8 @@ from typing import Any
 import pyarrow as pa
 
 from rc_ray.config import Config, TrainingConfig
-from rc_ray.config.load import differences, result_fields
-from rc_ray.errors import ConfigError, DataError, ResumeError
+from rc_ray.config.load import result_fields
+from rc_ray.errors import ConfigError, DataError
 from rc_ray.ledger.storage import Folder
 from rc_ray.models.identity import model_identity
 from rc_ray.models.resolve import local_model
@@ -37,10 +37,21 @@ from rc_ray.training.pairs import PairCounts
 from rc_ray.training.recipes import objective_weights
 from rc_ray.training.reference import look, pairs_task, reference_logps
 from rc_ray.training.sharding import is_sharded
-from rc_ray.training.workers import Place, checkpoint_callback, fit, hide_group_of_one, join, leave, remove, save
+from rc_ray.training.workers import (
+    BEGUN,
+    Place,
+    checkpoint_callback,
+    fit,
+    hide_group_of_one,
+    is_begun,
+    join,
+    leave,
+    remove,
+    save,
+)
 
 EXPERIMENT, RECORD, OUTCOME = "dpo", "rc_ray_training.json", "outcome.json"
-RUNS, PARTS, MODELS, BEGUN = "runs", "parts", "models", "begun.json"
+RUNS, PARTS, MODELS = "runs", "parts", "models"
 
 
 @dataclass(frozen=True)
@@ -128,7 +139,11 @@ def train_dpo(
     facts, counts = _look(config, pairs, train_cpus)
     objectives = sorted(counts.rewards)
     _check_recipe(training, objectives)
-    _begin(work, _what_decides(config, counts))
+    decides = _what_decides(config, counts)
+    if not is_begun(work, decides):
+        for name in (EXPERIMENT, PARTS, MODELS, RUNS):
+            remove(work / name)
+        work.write_json(BEGUN, decides)
     kept = cache if training.reference.folder is None else Folder.at(training.reference.folder)
     resources = (train_cpus, train_gpus)
     if training.recipe not in ("sequential", "soup"):
@@ -186,30 +201,6 @@ def _what_decides(config: Config, counts: PairCounts) -> dict[str, Any]:
         "training": result_fields(config.training),
         "seed": config.seed,
     }
-
-
-def is_begun(work: Folder) -> bool:
-    """Whether a training that was killed can go on from there."""
-    return work.exists(BEGUN)
-
-
-def _begin(work: Folder, decides: dict[str, Any]) -> None:
-    """Takes a new folder, or that of this training, killed.
-
-    Raises:
-        ResumeError: it is another one's.
-    """
-    begun = work.read_json(BEGUN) if is_begun(work) else None
-    if begun is None:
-        for name in (EXPERIMENT, PARTS, MODELS, RUNS):
-            if (work / name).exists():
-                remove(work / name)
-        work.write_json(BEGUN, decides)
-    elif begun != decides:
-        raise ResumeError(
-            f"{work.uri!r} holds checkpoints of another training ({'; '.join(differences(begun, decides))}); bring back what it began with to go on "
-            "with it, or remove that folder to train anew"
-        )
 
 
 def _look(config: Config, pairs: Folder, num_cpus: float) -> tuple[Preflight, PairCounts]:

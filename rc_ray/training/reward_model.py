@@ -23,12 +23,12 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from rc_ray.config import RewardTrainingConfig, differences, result_fields
+from rc_ray.config import RewardTrainingConfig, result_fields
 from rc_ray.config.base import NAME_PATTERN
 from rc_ray.core.calibration import reliability
 from rc_ray.core.ids import canonical_json
 from rc_ray.core.statistics import proportion
-from rc_ray.errors import ConfigError, DataError, ModelError, ResumeError
+from rc_ray.errors import ConfigError, DataError, ModelError
 from rc_ray.ledger.rundir import versions
 from rc_ray.ledger.storage import Folder
 from rc_ray.models import embedded
@@ -37,8 +37,9 @@ from rc_ray.rewards.self_test import wrong_texts
 from rc_ray.training.preferences import read_preferences
 from rc_ray.training.reward_data import Encoded, SetCounts, encode_sets, split_by_prompt
 from rc_ray.training.reward_loop import DATA, DIFFERENCES, EXPERIMENT, FACTS, RewardTask, ray_worker, train_reward_model
+from rc_ray.training.workers import BEGUN, fit, is_begun, remove
 
-RECORD, RECIPE = "reward_training.json", "recipe.json"
+RECORD = "reward_training.json"
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,8 @@ def prepare(pairs: str | Mapping[str, str], output: str, options: RewardTraining
         if record["recipe"] == recipe:
             result = {**record["result"], "sets": {name: SetResult(**s) for name, s in record["result"]["sets"].items()}}
             return Prepared(folder, options, recipe, None, RewardTrainingResult(**{**result, "reused": True}))
-    if not output.startswith("embedded:"):
-        _check_place(prepared)
+    if not output.startswith("embedded:") and not is_begun(prepared.work, recipe) and not folder.is_empty():
+        raise DataError(f"output = {output!r}: the folder holds something else than this training's result; give a new folder")
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(
@@ -166,20 +167,6 @@ def _method(options: RewardTrainingConfig, num_sets: int) -> Literal["single", "
         field = "heads = per_objective" if options.heads == "per_objective" else f"method = {options.method}"
         raise ConfigError(f"{field}: has no effect with one preference set; give several (NAME=FILE for each), or leave it out")
     return options.method or ("single" if num_sets == 1 else "multitask")
-
-
-def _check_place(prepared: Prepared) -> None:
-    """A new folder, or that of this training, killed."""
-    begun = prepared.work.read_json(RECIPE) if prepared.work.exists(RECIPE) else None
-    if begun is not None and begun != prepared.recipe:
-        raise ResumeError(
-            f"output = {prepared.output.uri!r}: another training was begun there ({'; '.join(differences(begun, prepared.recipe))}); give a new folder, or "
-            f"remove {prepared.work.uri!r}"
-        )
-    if begun is None and not prepared.output.is_empty():
-        raise DataError(
-            f"output = {prepared.output.uri!r}: the folder holds something else than this training's result; give a new folder"
-        )
 
 
 def train_here(pairs: str | Mapping[str, str], output: str, options: RewardTrainingConfig, on_step: Callable[[int, int, float], None]) -> RewardTrainingResult:  # fmt: skip
@@ -225,14 +212,14 @@ def train_on_ray(prepared: Prepared, num_gpus: float, board: Any, stage: str = "
     """
     import ray
 
-    from rc_ray.training.workers import fit
-
     assert prepared.encoded is not None
     started, options, work = time.monotonic(), prepared.options, prepared.work
-    if not work.exists(RECIPE):
+    if not is_begun(work, prepared.recipe):
+        work.remove(BEGUN)  # first: the data below are of this training alone
+        remove(work / EXPERIMENT)
         (work / DATA).write_table("train.parquet", prepared.encoded.train)
         (work / DATA).write_table("held_out.parquet", prepared.encoded.held_out)
-        work.write_json(RECIPE, prepared.recipe)
+        work.write_json(BEGUN, prepared.recipe)
     ray.get(board.begin.remote(stage, "pairs", round(len(prepared.encoded.train) * options.num_epochs)))
     task = RewardTask(list(prepared.encoded.counts), options, prepared.output, work, num_gpus > 0, stage)
     fit(EXPERIMENT, ray_worker, {"task": task, "board": board}, work, options.num_workers, 1.0, num_gpus, options.max_failures)

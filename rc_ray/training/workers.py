@@ -15,12 +15,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rc_ray.errors import ClusterError
+from rc_ray.config import differences
+from rc_ray.errors import ClusterError, ResumeError
 from rc_ray.generation.hardware import cpu_runtime_env
 from rc_ray.ledger.storage import Folder
 
 # The other workers wait while the first one reads or writes a checkpoint or a merged model; Ray's default of half an hour is short for 70B.
 COLLECTIVE_TIMEOUT_S = 7200
+
+BEGUN = "begun.json"
+"""In the folder of a training that runs or was killed: all that its outcome depends on."""
+CHECKPOINT = "step-"
+
+
+def is_begun(work: Folder, decides: dict[str, Any]) -> bool:
+    """Whether this training was begun there and can go on. One that reached no checkpoint leaves nothing to lose, so another may take its place.
+
+    Args:
+        decides: all that the training's outcome depends on.
+
+    Raises:
+        ResumeError: the folder holds checkpoints of another training.
+    """
+    begun = work.read_json(BEGUN) if work.exists(BEGUN) else None
+    if begun in (None, decides):
+        return begun is not None
+    if any(f"/{CHECKPOINT}" in path for path, _, _ in work.listing()):
+        raise ResumeError(
+            f"{work.uri!r} holds checkpoints of another training ({'; '.join(differences(begun, decides))}); bring back what it began with to go on "
+            "with it, or remove that folder to train anew"
+        )
+    return False
 
 
 def fit(
@@ -76,9 +101,10 @@ def fit(
 
 
 def remove(folder: Folder) -> None:
-    """Deletes a folder with all that is in it."""
-    filesystem, path = folder.filesystem()
-    filesystem.delete_dir(path)
+    """Deletes a folder with all that is in it, if it is there."""
+    if folder.exists():
+        filesystem, path = folder.filesystem()
+        filesystem.delete_dir(path)
 
 
 @dataclass(frozen=True)
@@ -169,7 +195,7 @@ def checkpoint_callback(place: Place) -> Any:
                             file.unlink()
                 checkpoint = ray.train.Checkpoint.from_directory(source)
             ray.train.report(
-                {"step": state.global_step}, checkpoint=checkpoint, checkpoint_dir_name=f"step-{state.global_step:06d}"
+                {"step": state.global_step}, checkpoint=checkpoint, checkpoint_dir_name=f"{CHECKPOINT}{state.global_step:06d}"
             )
             torch.distributed.barrier()
 

@@ -142,10 +142,13 @@ def test_another_training_in_the_same_place_is_refused_with_the_difference(folde
     given = load_reward_training(options(folder))
     output = tmp_path / "model"
     begun = prepare(files(folder), str(output), given)
-    begun.work.write_json("recipe.json", begun.recipe)
+    begun.work.write_json("begun.json", begun.recipe)
     assert prepare(files(folder), str(output), given).recipe == begun.recipe
-    with pytest.raises(ResumeError, match=r"batch_size: 8 -> 4.*model\.training"):
-        prepare(files(folder), str(output), load_reward_training(options(folder, batch_size=4)))
+    smaller = load_reward_training(options(folder, batch_size=4))
+    assert prepare(files(folder), str(output), smaller).result is None, "no checkpoint would be lost"
+    (begun.work / "reward" / "step-000001").write_json("trainer_state.json", {})
+    with pytest.raises(ResumeError, match=r"model\.training. holds checkpoints of another training .batch_size: 8 -> 4"):
+        prepare(files(folder), str(output), smaller)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(DataError, match="holds something else"):

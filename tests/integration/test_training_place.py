@@ -33,18 +33,25 @@ def test_a_training_goes_on_with_its_own_pairs_and_options_alone(
     def train(rows: list[dict[str, Any]], *overrides: str) -> str:
         return rc_ray.train(config, ray.data.from_items(rows), str(output), overrides=overrides)
 
-    def broken(*_: Any, **__: Any) -> None:
-        output.mkdir(exist_ok=True)
-        (output / "half.safetensors").touch()
-        raise ClusterError("broken off")
+    def broken_at(checkpoint: str | None) -> Any:
+        def fit(*_: Any, **__: Any) -> None:
+            output.mkdir(exist_ok=True)
+            (output / "half.safetensors").touch()
+            if checkpoint is not None:
+                (work / checkpoint).mkdir(parents=True, exist_ok=True)
+                (work / checkpoint / "trainer_state.json").touch()
+            raise ClusterError("broken off")
+
+        return fit
 
     rows = pq.read_table(objective_pairs).to_pylist()
     try:
-        for _ in range(2):
+        # The first one reaches no checkpoint, so one with other options takes its place.
+        for reached, overrides in ((None, ["training.beta=0.5"]), ("dpo/step-000001", []), ("dpo/step-000001", [])):
             with monkeypatch.context() as patched:
-                patched.setattr(dpo, "fit", broken)
+                patched.setattr(dpo, "fit", broken_at(reached))
                 with pytest.raises(ClusterError, match="broken off"):
-                    train(rows)
+                    train(rows, *overrides)
             written = pq.read_table(work / "pairs")
             assert written.num_rows == len(rows), "as many as were given, however often they are"
         with pytest.raises(

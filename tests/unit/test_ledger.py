@@ -307,6 +307,14 @@ def test_options_of_a_filesystem_stay_at_the_end_of_a_uri() -> None:
     assert Folder.at("/odd?name/").beside(".x").uri == "/odd?name.x"
 
 
+def test_a_password_in_a_uri_is_refused_and_not_repeated() -> None:
+    with pytest.raises(DataError, match=r"the URI of bucket/run on s3 holds a password.*environment") as refused:
+        Folder.at("s3://AKIA:hunter2@bucket/run?region=eu")
+    assert "hunter2" not in str(refused.value)
+    assert "AKIA" not in str(refused.value)
+    assert Folder.at("abfss://container@account.host/run").uri == "abfss://container@account.host/run"
+
+
 def test_a_directory_that_was_moved_is_its_own_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     rundir.create(config_for(Path("runs/first")), HASHES)
