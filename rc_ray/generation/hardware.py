@@ -105,6 +105,16 @@ def engine_choices(
     return {name: choice for name, choice in chosen.items() if name not in given}
 
 
+def scoring_environment(given: Mapping[str, Any], on_gpu: bool, num_threads: int) -> dict[str, str]:
+    """Environment of a vLLM engine for rewards, which has no loop thread of ours; `given`: the user's engine arguments."""
+    own = {
+        # In this process on GPUs, too: vLLM waits for ever for an engine in another one that died.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+    }
+    return own if on_gpu else cpu_engine_environment(1, given)[0] | own | {"OMP_NUM_THREADS": str(num_threads)}
+
+
 def scoring_choices(
     given: Mapping[str, Any], max_batch_tokens: int, on_gpu: bool, gpu_share: float = 1.0
 ) -> dict[str, tuple[Any, str]]:

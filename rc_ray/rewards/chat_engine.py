@@ -13,7 +13,7 @@ from rc_ray.config import JudgeReward
 from rc_ray.core.ids import Message
 from rc_ray.errors import ModelError
 from rc_ray.generation.engine import EngineDied, hide_llvmlite
-from rc_ray.generation.hardware import cpu_engine_environment, engine_choices
+from rc_ray.generation.hardware import engine_choices, scoring_environment
 from rc_ray.generation.render import PromptRenderer
 from rc_ray.models.resolve import local_model, max_context
 from rc_ray.rewards.base import reward_dtype
@@ -33,11 +33,7 @@ class EngineChat:
     """
 
     def __init__(self, config: JudgeReward, on_gpu: bool, num_threads: int) -> None:
-        if not on_gpu:
-            os.environ.update(cpu_engine_environment(1, config.engine_arguments)[0] | {"OMP_NUM_THREADS": str(num_threads)})
-        # In this process on GPUs, too: vLLM waits for ever for an engine in another one that died.
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.update(scoring_environment(config.engine_arguments, on_gpu, num_threads))
         path = local_model(config.model)
         self._renderer = PromptRenderer(path, config.revision, config.trust_remote_code)
         try:

@@ -14,7 +14,7 @@ from typing import Any
 from rc_ray.config import ClassifierReward
 from rc_ray.errors import ModelError
 from rc_ray.generation.engine import EngineDied, hide_llvmlite
-from rc_ray.generation.hardware import cpu_engine_environment, scoring_choices
+from rc_ray.generation.hardware import scoring_choices, scoring_environment
 from rc_ray.models.resolve import local_model
 from rc_ray.rewards.base import Score, reward_dtype
 from rc_ray.rewards.batches import too_long
@@ -33,12 +33,7 @@ class VllmClassifier(Classifier):
     """
 
     def __init__(self, config: ClassifierReward, on_gpu: bool, num_threads: int) -> None:
-        if not on_gpu:
-            environment, _ = cpu_engine_environment(1, config.engine_arguments)
-            os.environ.update(environment | {"OMP_NUM_THREADS": str(num_threads)})
-        # In this process on GPUs, too: vLLM waits for ever for an engine in another one that died.
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.update(scoring_environment(config.engine_arguments, on_gpu, num_threads))
         from transformers import AutoConfig, AutoTokenizer
 
         path = local_model(config.model)
