@@ -40,6 +40,7 @@ ENDINGS = {".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson"
 STAGE = "prompts"
 # Rows of a JSONL file that may lack the column before the file as a whole is taken to lack it.
 PROBE_ROWS = 100
+DROPS_AT_ONCE = 10_000
 
 
 @dataclass(frozen=True)
@@ -313,6 +314,8 @@ def write_chunks(
     """
     seen = SeenPrompts()
     dropped: list[dict[str, str]] = []
+    tables: list[pa.Table] = []  # of drops; a fraction of what they take as dictionaries
+    counted: Counter[str] = Counter()
     buffer: list[dict[str, Any]] = []
     num_chunks = num_rows = 0
 
@@ -322,6 +325,11 @@ def write_chunks(
             chunks.write_table(f"{chunk_name(num_chunks)}.parquet", pa.Table.from_pylist(buffer, schema=schemas.PROMPT))
             num_chunks += 1
             buffer.clear()
+
+    def flush_drops() -> None:
+        tables.append(pa.Table.from_pylist(dropped, schema=schemas.DROP))
+        counted.update(drop["reason"] for drop in dropped)
+        dropped.clear()
 
     for row, cell in enumerate(cells):
         num_rows += 1
@@ -340,12 +348,15 @@ def write_chunks(
                     flush()
                 continue
         dropped.append({"prompt_id": identity, "reason": reason, "stage": STAGE, "detail": f"row {row + 1}: {detail}"})
+        if len(dropped) == DROPS_AT_ONCE:
+            flush_drops()
     flush()
-    drops.write_table("prompts.parquet", pa.Table.from_pylist(dropped, schema=schemas.DROP))
+    flush_drops()
+    drops.write_table("prompts.parquet", pa.concat_tables(tables))
     return {
         "rows": num_rows,
         "prompts": seen.count,
         "chunks": num_chunks,
         "chunk_size": chunk_size,
-        "drops": dict(Counter(d["reason"] for d in dropped)),
+        "drops": dict(counted),
     }

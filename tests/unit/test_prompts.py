@@ -18,6 +18,7 @@ from rc_ray.core import schemas
 from rc_ray.core.ids import prompt_id
 from rc_ray.errors import DataError
 from rc_ray.ledger.storage import Folder
+from rc_ray.pipeline import prompts as prompts_of
 from rc_ray.pipeline.prompts import BadRow, check_source, read_cells, to_messages, write_chunks
 
 TEXTS = ["plain question?", 'with "quotes", commas', "two\nlines\r\n\nand more", "emoji 😀, مرحبا", "  padded  "]
@@ -124,7 +125,11 @@ def test_message_lists_are_taken_as_they_are(ending: str, tmp_path: Path) -> Non
     assert prompts == [{"prompt_id": prompt_id(CONVERSATION), "prompt": CONVERSATION}]
 
 
-def test_every_kind_of_bad_row_is_one_drop_with_its_reason(mixed_prompts: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [3, 7, 10_000])
+def test_every_kind_of_bad_row_is_one_drop_with_its_reason(
+    mixed_prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(prompts_of, "DROPS_AT_ONCE", at_once)
     facts, prompts, drops = chunked(mixed_prompts, tmp_path)
     assert facts == {
         "rows": 38,
