@@ -6,13 +6,15 @@ import math
 import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
 from rc_ray.config.base import PARALLEL_SIZES, PoolConfig, Section, deployment
 
 NamedModels = dict[str, tuple[str, str | None, bool]]
+# Parameters of a URL that are no setting.
+SECRET_PARAMETER = re.compile(r"key|token|secret|password|^code$|^sig", re.IGNORECASE)
 # vLLM's engine arguments that a classifier sets itself, and what there is to set instead.
 OWN_ARGUMENTS = {
     "model": "set `model`",
@@ -272,6 +274,12 @@ class ServiceReward(Section):
             raise ValueError(
                 "url holds a user name or password; put the token into an environment variable and name that in token_env"
             )
+        for name, _ in parse_qsl(parts.query, keep_blank_values=True):
+            if SECRET_PARAMETER.search(name):
+                raise ValueError(
+                    f"url holds {name!r}, which looks like a key and would be kept with the run; put it into an environment variable and name that "
+                    "in token_env"
+                )
         if self.token_env is not None and parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
             raise ValueError("url begins with http://, so the token of token_env could be read on its way; use https://")
         return self
@@ -302,7 +310,10 @@ class HttpReward(ServiceReward):
 AT_ENDPOINT = ("token_env", "ca_file", "num_connections", "timeout_s", "max_retries", "max_requests_per_minute")
 IN_ENGINE = ("revision", "trust_remote_code", "max_length", "dtype", "engine_arguments")
 # vLLM's engine arguments that have fields of their own, and these.
-OWNED = {name: name for name in ("model", "revision", "trust_remote_code", "dtype")} | {"max_model_len": "max_length"}
+OWNED = {name: f"has a field of its own; set {name}" for name in ("model", "revision", "trust_remote_code", "dtype")} | {
+    "max_model_len": "has a field of its own; set max_length",
+    "load_format": "has no other value here: weights are read from safetensors only; remove it",
+}
 
 
 class JudgeReward(ServiceReward):
@@ -382,9 +393,9 @@ class JudgeReward(ServiceReward):
 
     @model_validator(mode="after")
     def _engine(self) -> JudgeReward:
-        for name, field in OWNED.items():
+        for name, why in OWNED.items():
             if name in self.engine_arguments:
-                raise ValueError(f"engine_arguments.{name} has a field of its own; set {field}")
+                raise ValueError(f"engine_arguments.{name} {why}")
         if self.max_length is not None and self.max_tokens >= self.max_length:
             raise ValueError(f"max_tokens ({self.max_tokens}) leaves no room for a question in max_length ({self.max_length})")
         sizes = {name: self.engine_arguments.get(name, 1) for name in PARALLEL_SIZES}

@@ -80,8 +80,9 @@ class Trust:
         """Whether the objective should take part in RC, and why."""
         if self.accuracy.low <= 0.5:
             return "not fit for RC: it cannot be told from a coin"
-        if self.accuracy.low <= self.length_accuracy:
-            return "doubtful for RC: it cannot be told from the rule that the longer answer is better"
+        if self.accuracy.low <= max(self.length_accuracy, 1 - self.length_accuracy):
+            better = "longer" if self.length_accuracy >= 0.5 else "shorter"
+            return f"doubtful for RC: it cannot be told from the rule that the {better} answer is better"
         return "fit for RC"
 
 

@@ -35,7 +35,7 @@ def check_engine_arguments(given: dict[str, Any], field: str = "generation.engin
     """Checks the keys of a field that holds engine arguments.
 
     Raises:
-        ConfigError: vLLM has no such argument.
+        ConfigError: vLLM has no such argument, or it is a secret.
     """
     known = engine_arguments()
     for name, value in given.items():
@@ -43,6 +43,10 @@ def check_engine_arguments(given: dict[str, Any], field: str = "generation.engin
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "see `vllm serve --help` for the names"
             raise ConfigError(f"{field}.{name} = {value!r}: vLLM has no such engine argument; {hint}")
+        if name == "hf_token" and value is not None:
+            raise ConfigError(
+                f"{field}.hf_token: a token would be kept with the run; set the environment variable HF_TOKEN on every node"
+            )
 
 
 def lora_arguments(adapters: Mapping[str, str], given: dict[str, Any], with_base: bool, on_gpu: bool) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from rc_ray.generation.hardware import choose_dtype
 # Rewards are stored in single precision; a larger number would become an infinity.
 MAX_FLOAT32 = 3.4028234663852886e38
 # What `CountingReward.figures` counts.
-FIGURES = ("num_texts", "num_truncated", "num_tokens", "num_padded_tokens", "num_cached_tokens")
+FIGURES = ("num_texts", "num_too_long", "num_truncated", "num_tokens", "num_padded_tokens", "num_cached_tokens")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class CountingReward(Reward, Protocol):
     def figures(self) -> dict[str, int]:
         """Totals since it was loaded, its self-test apart, under the names in `FIGURES`.
 
-        `num_texts`: texts that a network has read, so not those that are too long. `num_truncated`: of these, texts that were cut.
+        `num_texts`: texts that a network has read. `num_too_long`: others, which have no score. `num_truncated`: of `num_texts`, those that were cut.
         `num_tokens`: of all these texts. `num_padded_tokens`: the same with padding. `num_cached_tokens`: of `num_tokens`, those that
         a prefix cache knew already.
         """

@@ -60,6 +60,7 @@ class TokenBatches:
             why = too_long(length, self._limit)
             if why:
                 scores[i] = Score(None, why)
+                self.counts["num_too_long"] += 1
             else:
                 fitting.append(i)
         fitting.sort(key=lambda i: lengths[i])

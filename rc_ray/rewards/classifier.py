@@ -112,7 +112,7 @@ class ClassifierRewardModel(Classifier):
         tokenizer = AutoTokenizer.from_pretrained(
             adapter if from_adapter else path,
             revision=None if from_adapter else revision,
-            trust_remote_code=config.trust_remote_code,
+            trust_remote_code=config.trust_remote_code and not from_adapter,  # the switch is of the model alone
         )
         self.model, loaded = AutoModelForSequenceClassification.from_pretrained(
             path,

@@ -64,6 +64,8 @@ def scoring_line(objective: str, summary: dict[str, Any]) -> str:
 def remarks(objective: str, summary: dict[str, Any]) -> list[str]:
     """What the user should know of the rewards of an objective, a line each; usually none."""
     found = []
+    if summary.get("num_too_long"):
+        found.append(f"{objective}: {summary['num_too_long']} texts were too long for the model and have no reward")
     if summary.get("num_truncated"):
         found.append(f"{objective}: {_of(summary, 'num_truncated', 'num_texts')} texts were truncated before they were scored")
     if summary.get("num_order_disagreements"):

@@ -34,7 +34,7 @@ class HttpRewardService:
             return [Score(None, str(error))] * len(items)
         values = answer.get("scores") if isinstance(answer, dict) else None
         if not isinstance(values, list):
-            return [Score(None, f"{self._config.url}: the answer is no JSON object with a list `scores`")] * len(items)
+            return [Score(None, f"{self._service.url}: the answer is no JSON object with a list `scores`")] * len(items)
         if len(values) != len(items):
-            return [Score(None, f"{self._config.url}: {len(values)} scores for {len(items)} answers")] * len(items)
+            return [Score(None, f"{self._service.url}: {len(values)} scores for {len(items)} answers")] * len(items)
         return [Score.checked(None if isinstance(value, bool) else value) for value in values]

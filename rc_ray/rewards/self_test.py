@@ -16,6 +16,7 @@ from rc_ray.errors import ModelError
 from rc_ray.rewards.encoding import encode
 
 if TYPE_CHECKING:
+    from rc_ray.rewards.base import Score
     from rc_ray.rewards.classifier import Classifier
 
 PROMPT: list[Message] = [{"role": "user", "content": "How much is two and two?"}]
@@ -88,16 +89,22 @@ def _padding_is_no_text(model: Classifier) -> str | None:
 
 
 def _same_in_any_company(model: Classifier) -> str | None:
-    def ask(answers: list[str]) -> list[float | None]:
-        return [score.value for score in model.score([PROMPT] * len(answers), answers)]
+    def ask(answers: list[str]) -> list[Score]:
+        return model.score([PROMPT] * len(answers), answers)
 
     alone = [ask([answer])[0] for answer in ANSWERS]
     dtype = model.dtype
     for company, values in (("in a padded batch", ask(ANSWERS)), ("in another order", ask(ANSWERS[::-1])[::-1])):
         for one, other in zip(alone, values, strict=True):
-            # Longer than the model's limit, or not finite: such scores are missing either way.
-            if one is None or other is None:
-                continue
-            if abs(one - other) > TOLERANCE[dtype] * max(1.0, abs(one)):
-                return f"an answer has the reward {one:.6g} by itself and {other:.6g} {company} ({dtype}, tolerance {TOLERANCE[dtype]:g})"
+            # A text that is longer than the model's limit has none either way.
+            found = [
+                f"the reward {each.value:.6g}" if each.value is not None else f"no reward ({each.missing})"
+                for each in (one, other)
+            ]
+            if one.value is None or other.value is None:
+                differs = one.value is not other.value
+            else:
+                differs = abs(one.value - other.value) > TOLERANCE[dtype] * max(1.0, abs(one.value))
+            if differs:
+                return f"an answer has {found[0]} by itself and {found[1]} {company} ({dtype}, tolerance {TOLERANCE[dtype]:g})"
     return None

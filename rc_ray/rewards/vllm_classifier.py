@@ -110,6 +110,7 @@ class VllmClassifier(Classifier):
             why = too_long(len(text["input_ids"]), self.limit)
             if why:
                 scores[i] = Score(None, why)
+                self._counts["num_too_long"] += 1
             else:
                 fitting.append(i)
         if fitting:

@@ -117,6 +117,9 @@ def test_an_engine_argument_that_vllm_does_not_have_is_named_without_importing_v
     check_engine_arguments({"max_num_seqs": 4, "tensor_parallel_size": 2})
     with pytest.raises(ConfigError, match=r"generation\.engine\.max_num_seq = 4: .* did you mean 'max_num_seqs'\?"):
         check_engine_arguments({"max_num_seq": 4})
+    with pytest.raises(ConfigError, match=r"generation\.engine\.hf_token.*HF_TOKEN on every node") as refused:
+        check_engine_arguments({"hf_token": "hf_secret"})
+    assert "hf_secret" not in str(refused.value)
 
 
 def test_the_engine_arguments_are_those_that_vllm_takes() -> None:

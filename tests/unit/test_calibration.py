@@ -196,16 +196,26 @@ def test_the_report_says_what_each_objective_is_worth() -> None:
     assert len(plot_reliability(found).axes) == 1
 
 
-def test_a_coin_is_not_fit_and_shorter_answers_may_win() -> None:
+def test_a_coin_and_a_rule_of_length_are_not_fit() -> None:
     rng = np.random.default_rng(0)
     coin = calibrate_groups(scored({"coin": rng.normal(0, 1, 400)}, "coin"), ["coin"], 0.9)
     assert "coin" in coin.trust["coin"].verdict.removeprefix("not fit for RC")
     assert "no margins reach it" in "\n".join(coin.lines())
-    table = labelled_groups("x", [([{"role": "user", "content": f"q{i}"}], "good", "a longer one") for i in range(400)])
+
+
+@pytest.mark.parametrize("number", [400, 280, 200, 120, 0])
+def test_a_reward_is_fit_where_it_is_better_than_both_rules_of_length(number: int) -> None:
+    """Right in 380 of 400 pairs, of which so many have the shorter answer as the better one."""
+    answers = [("good", "a longer one") if i < number else ("a longer one", "good") for i in range(400)]
+    table = labelled_groups("x", [([{"role": "user", "content": f"q{i}"}], *pair) for i, pair in enumerate(answers)])
     rewards = [pa.array([[1.0, 0.0]] * 380 + [[0.0, 1.0]] * 20, pa.list_(pa.float32())), pa.nulls(400, pa.string())]
     for field, column in zip(schemas.reward_fields(["x"]), rewards, strict=True):
         table = table.append_column(field, column)
-    assert calibrate_groups(table, ["x"], 0.9).trust["x"].verdict == "fit for RC"
+    rule = {400: "the shorter answer", 0: "the longer answer"}.get(number)
+    verdict = calibrate_groups(table, ["x"], 0.9).trust["x"].verdict
+    assert verdict == (
+        "fit for RC" if rule is None else f"doubtful for RC: it cannot be told from the rule that {rule} is better"
+    )
 
 
 def test_too_few_pairs_and_an_impossible_precision_are_errors() -> None:

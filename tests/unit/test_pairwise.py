@@ -272,6 +272,7 @@ URL = "url: 'https://host/v1/chat/completions'"
             [],
             ["engine_arguments.max_model_len has a field of its own; set max_length"],
         ),
+        (f"{JUDGE}, engine_arguments: {{load_format: dummy}}", [], ["engine_arguments.load_format", "safetensors only"]),
         (f"{JUDGE}, engine_arguments: {{tensor_parallel_size: 2}}", [], ["needs pool.num_gpus: 2"]),
         (
             f"{JUDGE}, engine_arguments: {{tensor_parallel_size: two}}",

@@ -243,4 +243,5 @@ def test_what_actors_did_adds_up_over_sessions_and_is_summed_up() -> None:
     )
     assert remarks("true", judge.summary()) == ["true: 2 of 8 comparisons turned with the order of the answers"]
     assert Scoring().summary() == {"num_actors": 0}
+    assert remarks("mine", {"num_too_long": 2}) == ["mine: 2 texts were too long for the model and have no reward"]
     assert remarks("mine", {"num_truncated": 1}) == ["mine: 1 texts were truncated before they were scored"]

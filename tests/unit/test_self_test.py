@@ -13,6 +13,7 @@ from rc_ray.config import ClassifierReward, RewardTrainingConfig
 from rc_ray.errors import ModelError
 from rc_ray.rewards.classifier import ClassifierRewardModel
 from rc_ray.rewards.encoding import encode
+from rc_ray.rewards.self_test import ANSWERS as OF_THE_TEST
 from rc_ray.rewards.self_test import self_test
 from tests.conftest import CHAT_TEMPLATE, make_llama, make_tokenizer
 
@@ -171,6 +172,49 @@ def test_a_reward_that_depends_on_the_order_is_caught(tmp_path: Path, monkeypatc
     monkeypatch.setattr(model, "_forward", by_position)
     with pytest.raises(ModelError, match=r"by itself and .* in a padded batch"):
         self_test(model, "m")
+
+
+def test_a_reward_that_padding_takes_away_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(make_llama(tmp_path, seed=5, labels=1))
+    forward = model._forward
+
+    def padded_is_no_number(encoded: list[dict[str, list[int]]]) -> list[float]:
+        longest = max(len(each["input_ids"]) for each in encoded)
+        return [
+            value if len(each["input_ids"]) == longest else float("nan")
+            for value, each in zip(forward(encoded), encoded, strict=True)
+        ]
+
+    monkeypatch.setattr(model, "_forward", padded_is_no_number)
+    with pytest.raises(ModelError, match=r"the reward [-\d.]+ by itself and no reward \(score is nan\) in a padded batch"):
+        self_test(model, "m")
+
+
+def test_rewards_that_change_places_are_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(make_llama(tmp_path, seed=5, labels=1))
+    score = model.score
+
+    def turned(prompts: list[Any], answers: list[str]) -> list[Any]:
+        return score(prompts, answers)[:: -1 if answers == OF_THE_TEST[::-1] else 1]
+
+    monkeypatch.setattr(model, "score", turned)
+    with pytest.raises(ModelError, match=r"by itself and .* in another order"):
+        self_test(model, "m")
+
+
+def test_code_of_a_model_runs_only_where_it_is_allowed(tmp_path: Path) -> None:
+    folder, marker = make_llama(tmp_path / "model", seed=5, labels=1), tmp_path / "ran"
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForSequenceClassification": "modeling_own.Own"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "modeling_own.py").write_text(
+        f"from transformers import LlamaForSequenceClassification\nopen({str(marker)!r}, 'w').close()\n\n\n"
+        "class Own(LlamaForSequenceClassification):\n    pass\n"
+    )
+    load(folder)
+    assert not marker.exists()
+    load(folder, trust_remote_code=True)
+    assert marker.exists()
 
 
 def test_a_limit_that_no_text_fits_is_no_failure(tmp_path: Path) -> None:

@@ -162,14 +162,22 @@ def test_what_stays_wrong_makes_all_scores_of_the_request_missing(
     assert len(service.requests) == requests
 
 
-def test_a_key_in_the_address_reaches_the_service_alone(service: Service) -> None:
-    service.script = [(500, b"", {})]
-    config = HttpReward(kind="http", url=f"{service.url}?code={SECRET}", max_retries=0)
+@pytest.mark.parametrize("name", ["api_key", "code", "access_token", "sig"])
+def test_a_key_in_the_address_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"url holds '{name}', which looks like a key.*token_env") as refused:
+        HttpReward(kind="http", url=f"https://host/score?{name}={SECRET}")
+    assert SECRET not in str(refused.value).partition("[type=")[0]
+
+
+@pytest.mark.parametrize("status_and_body", [(500, b""), (200, b"[]"), (200, b'{"scores": [1, 2]}')])
+def test_a_query_reaches_the_service_alone(service: Service, status_and_body: tuple[int, bytes]) -> None:
+    service.script = [(*status_and_body, {})]
+    config = HttpReward(kind="http", url=f"{service.url}?api-version={SECRET}", max_retries=0)
     (score,) = HttpRewardService(config, first_wait_s=0.01).score([[{"role": "user", "content": "q"}]], ["a"])
     assert score.missing is not None
     assert service.url in score.missing
     assert SECRET not in score.missing
-    assert service.paths == [f"/score?code={SECRET}"]
+    assert service.paths == [f"/score?api-version={SECRET}"]
 
 
 def test_the_file_of_certificates_counts_whatever_the_environment_says(

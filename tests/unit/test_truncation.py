@@ -141,6 +141,7 @@ def test_figures_say_what_was_read_since_the_model_was_loaded(
     assert len(read) == 5
     assert figures_of(model) == {
         "num_texts": 10,
+        "num_too_long": 2,
         "num_truncated": 0,
         "num_tokens": 2 * sum(read),
         "num_padded_tokens": sum(padded),
