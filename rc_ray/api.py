@@ -260,7 +260,9 @@ def preflight(config: ConfigSource, pairs: str | None = None, *, overrides: Iter
     resolved = load_config(config, overrides)
     check_training(resolved.training)
     source = rundir.open_existing(resolved.output).pairs if pairs is None else Folder.at(pairs)
-    return look(resolved, source, _connect(resolved).train_cpus)
+    plan = _connect(resolved)
+    check_training(resolved.training, plan.train_gpus > 0)
+    return look(resolved, source, plan.train_cpus)
 
 
 def evaluate(config: ConfigSource, model: str | None = None, *, overrides: Iterable[str] = ()) -> dict[str, Any]:

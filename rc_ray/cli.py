@@ -255,9 +255,9 @@ def _train(options: argparse.Namespace) -> None:
 
     found = preflight(_source(options), options.input, overrides=options.overrides)  # type: ignore[arg-type]
     left_out = f", {found.too_long} longer than training.max_length left out" if found.too_long else ""
+    repeated = f", {found.repeated} pairs taken twice per epoch so that all workers have equally many" if found.repeated else ""
     _emit(
-        f"train preflight: {found.num_pairs} pairs{left_out}, longest {found.longest_pair} tokens, {found.steps} steps, {found.repeated} pairs taken twice "
-        "per epoch to fill the last batch; nothing wrong"
+        f"train preflight: {found.num_pairs} pairs{left_out}, longest {found.longest_pair} tokens, {found.steps} steps{repeated}; nothing wrong"
     )
 
 

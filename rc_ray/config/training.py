@@ -22,6 +22,9 @@ class ReferenceConfig(Section):
     revision: str | None = None
     """Git revision of a Hub reference."""
 
+    trust_remote_code: bool = False
+    """Run Python code from the repository of a reference of its own. Off unless you trust this one model."""
+
     num_actors: int | None = deployment(None, ge=1)
     """Actors, each with the resources of a training worker. None: as many as there always are training workers."""
 
@@ -97,7 +100,7 @@ class TrainingConfig(Section):
     """Log-probs of the reference, computed beforehand."""
 
     trl: dict[str, Any] = {}
-    """Further fields of `trl.DPOConfig`, e.g. `label_smoothing: 0.1`; checked against TRL's own list. Those that this section has are set here."""
+    """Further fields of `trl.DPOConfig`, e.g. `lr_scheduler_type: cosine`; checked against TRL's own list. Those that this section has are set here."""
 
     lora_rank: int | None = Field(None, ge=1)
     """Train a LoRA of this rank on all linear layers but the last, instead of the whole policy."""
@@ -161,6 +164,8 @@ class TrainingConfig(Section):
             )
         if self.reference.revision is not None and self.reference.model is None:
             raise ValueError("reference.revision has no effect without reference.model; set it, or leave the revision out")
+        if self.reference.trust_remote_code and self.reference.model is None:
+            raise ValueError("reference.trust_remote_code has no effect without reference.model; set that, or leave this out")
         if self.max_too_long_fraction and self.max_length is None:
             raise ValueError(
                 "max_too_long_fraction has no effect without max_length, which then fits the longest pair; set it, or leave it out"

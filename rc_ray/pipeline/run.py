@@ -31,6 +31,7 @@ from rc_ray.pipeline.pilot import pilot_lines
 from rc_ray.pipeline.plan import make_plan
 from rc_ray.pipeline.progress import duration
 from rc_ray.rewards.figures import remarks, scoring_line
+from rc_ray.training.arguments import check_training
 
 ConfigSource = str | Path | Mapping[str, Any] | Config
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -209,6 +210,8 @@ def _run_pending(config: Config, run_dir: RunDir, todo: list[str], emit: stages.
         plan = make_plan(config, cluster.cpus, cluster.gpus, cluster.num_nodes, cluster.gpus_per_node)
         for line in plan.lines():
             emit(f"pool      {line}")
+        if "train" in todo:  # what it needs of the machines is missing now, not after days of sampling
+            check_training(config.training, plan.train_gpus > 0)
         with live_progress(config.cluster.progress_interval_s, emit) as board:
             session = stages.Session(plan, board, emit)
             ended = None

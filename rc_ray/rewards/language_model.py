@@ -42,6 +42,10 @@ class LanguageModel:
         limit = length_limit(self._tokenizer, self._model.config, max_length)
         self.batches = TokenBatches(max_batch_tokens, limit, on_gpu)
 
+    def vocabulary(self) -> dict[str, int]:
+        """Ids of the tokens that it reads."""
+        return dict(self._tokenizer.get_vocab())
+
     def logprobs(self, prompts: list[list[Message]], answers: list[str]) -> list[Score]:
         """log p(answer | prompt) of each, in nats."""
         texts, starts = [], []

@@ -23,7 +23,7 @@ TAKEN = {
     "max_steps": "training.max_steps", "beta": "training.beta", "loss_type": "training.loss_type", "max_length": "training.max_length",
     "bf16": "training.dtype", "use_cpu": "the cluster", "gradient_checkpointing": "training.gradient_checkpointing",
     "save_strategy": "training.save_every_steps", "save_steps": "training.save_every_steps", "save_total_limit": "training.save_every_steps",
-    "logging_steps": "every step", "disable_tqdm": "rc_ray's own progress", "seed": "seed", "data_seed": "seed",
+    "logging_steps": "every step", "logging_strategy": "every step", "logging_first_step": "every step", "logging_nan_inf_filter": "nothing: a loss that is no number ends the training", "disable_tqdm": "rc_ray's own progress", "seed": "seed", "data_seed": "seed",
     "precompute_ref_log_probs": "training.reference", "precompute_ref_batch_size": "training.reference", "truncation_mode": "training.max_length",
     "dataset_num_proc": "training.reference", "resume_from_checkpoint": "resuming by itself", "push_to_hub": "nothing: upload the folder `model`",
 }  # fmt: skip
@@ -34,11 +34,28 @@ IMPOSSIBLE = {
     "model_init_kwargs": "is ignored for a model that is loaded already",
     "auto_find_batch_size": "would make steps of fewer pairs than training.global_batch_size",
     "dataloader_drop_last": "would leave pairs out",
+    "ignore_data_skip": "would train twice on pairs after a restart, and not on others",
+    "eval_strategy": "needs pairs that are not trained on, of which a training here has none",
+    "load_best_model_at_end": "needs pairs that are not trained on, of which a training here has none",
     "save_only_model": "leaves the optimizer out of checkpoints, so that a killed training could not go on as it was",
 }
 # Of TRL's own loss, in whose place these recipes have theirs.
 OWN_LOSS = ("mix", "modpo", "raco")
-OF_THE_LOSS = ("label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting", "loss_weights")
+OF_THE_LOSS = (
+    "label_smoothing",
+    "f_divergence_type",
+    "f_alpha_divergence_coef",
+    "use_weighting",
+    "loss_weights",
+    "discopop_tau",
+)
+# Losses that take what others leave without effect.
+TAKERS = {
+    "label_smoothing": ("robust", "exo_pair", "aot", "aot_unpaired"),
+    "discopop_tau": ("discopop",),
+}
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+OF_DIVERGENCES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
 LOSSES = (
     "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down",
     "discopop", "sft",
@@ -97,6 +114,7 @@ def check_training(training: TrainingConfig, on_gpu: bool | None = None) -> None
             "leave it out"
         )
     _check_trl(training.trl)
+    _check_loss(training.losses, training.trl)
     check_sharding(training, on_gpu)
 
 
@@ -110,6 +128,36 @@ def _check_trl(given: dict[str, Any]) -> None:
             raise ConfigError(f"{field}: {IMPOSSIBLE[name]}; leave it out")
         if known and name not in known:
             raise ConfigError(f"{field}: TRL's DPOConfig has no such field{_hint(name, known)}")
+
+
+def _check_loss(losses: list[str], given: dict[str, Any]) -> None:
+    """What TRL would leave without effect, or refuse when its trainer is made, after everything else was done."""
+    for name, takers in TAKERS.items():
+        if name in given and not set(losses) & set(takers):
+            more = "; robust (arXiv 2403.00409) is DPO for labels that are wrong so often" if name == "label_smoothing" else ""
+            raise ConfigError(
+                f"training.trl.{name} = {given[name]!r}: has no effect on training.loss_type = {losses}; choose one of {', '.join(takers)}, or leave it "
+                f"out{more}"
+            )
+    divergence = given.get("f_divergence_type", "reverse_kl")
+    if divergence not in DIVERGENCES:
+        raise ConfigError(f"training.trl.f_divergence_type = {divergence!r}: TRL has {', '.join(DIVERGENCES)}")
+    if divergence != "reverse_kl" and not set(losses) <= set(OF_DIVERGENCES):
+        raise ConfigError(
+            f"training.trl.f_divergence_type = {divergence!r}: is for training.loss_type {', '.join(OF_DIVERGENCES)}, not {losses}; leave it out"
+        )
+    if "f_alpha_divergence_coef" in given and divergence != "alpha_divergence":
+        raise ConfigError(
+            f"training.trl.f_alpha_divergence_coef = {given['f_alpha_divergence_coef']!r}: has no effect without f_divergence_type: alpha_divergence"
+        )
+    if "exo_pair" in losses and not given.get("label_smoothing"):
+        raise ConfigError(
+            "training.loss_type = exo_pair: needs training.trl.label_smoothing above 0; its paper (arXiv 2402.00856) takes 0.001"
+        )
+    if given.get("use_weighting") and set(losses) & {"aot", "aot_unpaired"}:
+        raise ConfigError(
+            "training.trl.use_weighting = True: is not for the losses aot and aot_unpaired, which sort the pairs; leave it out"
+        )
 
 
 def _hint(name: str, known: Iterable[str]) -> str:

@@ -14,9 +14,11 @@ WINDOW = 20
 SHOWN = {"loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins"}
 
 
-def live_words(logs: dict[str, Any]) -> str:
-    """`loss 0.612  accuracy 0.75  margin 0.204`, of one logged step."""
-    return "  ".join(f"{name} {float(logs[key]):.3g}" for name, key in SHOWN.items() if key in logs)
+def live_words(history: Sequence[dict[str, Any]], beta: float) -> str:
+    """`loss 0.612  accuracy 0.75  margin 0.204` of the last logged step, and whether chosen and rejected answers both become less likely."""
+    shown = [f"{name} {float(history[-1][key]):.3g}" for name, key in SHOWN.items() if key in history[-1]]
+    changes = logp_changes(history[-WINDOW:], beta)
+    return "  ".join(shown + (["both log-probs fall"] if changes and max(changes.values()) < 0 else []))
 
 
 def logp_changes(history: Sequence[dict[str, Any]], beta: float) -> dict[str, float] | None:

@@ -26,7 +26,7 @@ import pyarrow as pa
 
 from rc_ray.config import Config, TrainingConfig
 from rc_ray.config.load import result_fields
-from rc_ray.errors import ConfigError, DataError
+from rc_ray.errors import ConfigError, DataError, ModelError
 from rc_ray.ledger.storage import Folder
 from rc_ray.models.identity import model_identity
 from rc_ray.models.resolve import local_model
@@ -217,7 +217,7 @@ def _facts(training: TrainingConfig, counts: PairCounts) -> Preflight:
         longest_pair=counts.longest,
         max_length=training.max_length or counts.longest,
         steps=training.max_steps or math.ceil(math.ceil(kept / training.global_batch_size) * training.num_epochs),
-        repeated=-kept % (training.num_workers * training.per_device_batch_size),
+        repeated=-kept % (training.num_workers * training.per_device_batch_size) if training.num_workers > 1 else 0,
         too_long=counts.problems["too_long"],
     )
 
@@ -342,11 +342,17 @@ def _worker(loop_config: dict[str, Any]) -> None:
 
     class Progress(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            wrong = [name for name in ("loss", "grad_norm") if not math.isfinite((logs or {}).get(name, 0.0))]
+            if wrong:
+                raise ModelError(
+                    f"{wrong[0]} of step {state.global_step} is {logs[wrong[0]]}, so the policy is lost; lower training.learning_rate, or train in "
+                    "float32"
+                )
             if place.rank == 0 and logs and "loss" in logs:
                 # TRL counts tokens from the beginning (or the resumed step) on.
                 tokens = int(logs.get("num_tokens", 0))
                 board.advance.remote(task.stage, training.global_batch_size, max(0, tokens - self._tokens))
-                board.say.remote(task.stage, live_words(logs))
+                board.say.remote(task.stage, live_words(state.log_history, training.beta))
                 self._tokens = tokens
 
         def on_save(self, *_: Any, **__: Any) -> None:
@@ -430,7 +436,6 @@ def dpo_config(task: TrainingTask, place: Place) -> Any:
         per_device_train_batch_size=training.per_device_batch_size,
         gradient_accumulation_steps=training.global_batch_size // (place.world * training.per_device_batch_size),
         learning_rate=training.learning_rate,
-        lr_scheduler_type="linear",
         warmup_steps=training.warmup_steps,
         num_train_epochs=training.num_epochs,
         max_steps=training.max_steps or -1,
@@ -444,10 +449,11 @@ def dpo_config(task: TrainingTask, place: Place) -> Any:
         save_steps=training.save_every_steps,
         save_total_limit=1,
         logging_steps=1,
+        logging_nan_inf_filter=False,
         report_to=training.report_to or "none",
         run_name=task.output.uri.rstrip("/").rsplit("/", 1)[-1],
         disable_tqdm=True,
         seed=task.seed,
         precompute_ref_log_probs=True,
-        **training.trl,
+        **({"lr_scheduler_type": "linear"} | training.trl),
     )

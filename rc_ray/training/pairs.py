@@ -110,6 +110,10 @@ class PairTokenizer:
         blank = (tokenizer(each, add_special_tokens=False)["input_ids"] for each in ("\n", " ", "\n\n"))
         self._blank = frozenset(token for ids in blank for token in ids) - end_ids  # some write a space before a line break
 
+    def vocabulary(self) -> dict[str, int]:
+        """Ids of the policy's tokens."""
+        return dict(self._tokenizer.get_vocab())
+
     def tokenize(self, rows: Iterable[dict[str, Any]], first: int = 0) -> tuple[list[dict[str, Any]], PairCounts]:
         """The pairs that can be trained on, as {row, prompt_ids, chosen_ids, rejected_ids}, and counts of all.
 

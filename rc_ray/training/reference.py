@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ REWARDS = ["rewards_chosen", "rewards_rejected"]
 REFERENCE = [f"ref_{side}_logps" for side in SIDES]
 SLICE_ROWS = 64
 # Pairs whose given reference log-probs are computed again, and how far the two may differ, relative to the larger of 1 and the log-prob.
-NUM_CHECKED, TOLERANCE = 8, {"float32": 1e-2, "bfloat16": 0.05, "float16": 0.05}
+NUM_CHECKED, TOLERANCE = 8, {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.05}
 TOKENS = pa.schema(
     [
         ("row", pa.int64()),
@@ -74,6 +74,7 @@ class PairsTask:
     recipe: str
     reference: str
     reference_revision: str | None
+    trust_reference_code: bool
     objective: str | None = None
     """Whose order the pairs are turned to."""
     scales: dict[str, tuple[float, float]] | None = None
@@ -93,6 +94,7 @@ class ReadPairs:
         self._task = task
         self._tokenizer: PairTokenizer | None = None
         self._model: LanguageModel | None = None
+        self._last: tuple[str, pa.Table] | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Slices as JSON in `slice`; adds counts, name and, in the place of both, an error of this package, which would lose its type on the way."""
@@ -107,6 +109,12 @@ class ReadPairs:
                 found[key].append(value)
         return {key: np.array(values, dtype=np.int64 if key == "first" else object) for key, values in found.items()}
 
+    def _file(self, name: str) -> pa.Table:
+        """A file of pairs. The last one stays, since the slices of a large one come one after the other."""
+        if self._last is None or self._last[0] != name:
+            self._last = name, self._task.pairs.read_table(name)
+        return self._last[1]
+
     def _open(self) -> PairTokenizer:
         from transformers import AutoTokenizer
 
@@ -120,7 +128,7 @@ class ReadPairs:
         return PairTokenizer(tokenizer, end_tokens(path, tokenizer, task.revision), task.max_length, template)
 
     def _read(self, part: Slice) -> tuple[PairCounts, str]:
-        pairs = self._prepared(read_slice(self._task.pairs, part))
+        pairs = self._prepared(read_slice(self._file, part))
         self._tokenizer = self._tokenizer or self._open()
         rows, counts = self._tokenizer.tokenize(pairs, part.first)
         if self._task.results is None:
@@ -175,9 +183,18 @@ class ReadPairs:
             import torch
 
             torch.set_num_threads(task.num_threads)
-        return LanguageModel(
-            task.reference, task.reference_revision, task.trust_remote_code, task.dtype, task.on_gpu, task.max_batch_tokens
+        model = LanguageModel(
+            task.reference, task.reference_revision, task.trust_reference_code, task.dtype, task.on_gpu, task.max_batch_tokens
         )
+        assert self._tokenizer is not None
+        theirs, ours = model.vocabulary(), self._tokenizer.vocabulary()
+        others = sorted(token for token, number in ours.items() if theirs.get(token) != number)
+        if others:
+            raise ModelError(
+                f"training.reference.model = {task.reference!r}: its tokenizer reads {len(others)} of the policy's {len(ours)} tokens otherwise or not at all, "
+                f"such as {others[0]!r}, so its log-probs would be of other texts; give a reference with the policy's tokenizer"
+            )
+        return model
 
     def _given(self, given: list[tuple[Any, ...]], rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
         """Log-probs that the pairs came with, of which some are computed again."""
@@ -237,11 +254,11 @@ def slices(pairs: Folder, recipe: str = "dpo") -> list[Slice]:
     return found
 
 
-def read_slice(pairs: Folder, part: Slice) -> pa.Table:
-    """The rows of a slice: prompt, chosen, rejected, reference log-probs and rewards where they are, and the templates that they were sampled with."""
+def read_slice(read: Callable[[str], pa.Table], part: Slice) -> pa.Table:
+    """The rows of a slice, of files that `read` gives: prompt, chosen, rejected, reference log-probs and rewards where they are, and the templates that they were sampled with."""
     tables = []
     for name, start, count in part.parts:
-        table = pairs.read_table(name)
+        table = read(name)
         templates = pa.array([schemas.templates_of(table.schema)] * count, pa.list_(pa.string()))
         table = table.select([c for c in (*COLUMNS, *REWARDS, *REFERENCE) if c in table.column_names]).slice(start, count)
         tables.append(table.replace_schema_metadata(None).append_column("templates", templates))
@@ -273,6 +290,7 @@ def pairs_task(config: Config, pairs: Folder, on_gpu: bool, num_threads: int) ->
         recipe=training.recipe,
         reference=training.reference.model or config.model,
         reference_revision=training.reference.revision if training.reference.model else config.revision,
+        trust_reference_code=training.reference.trust_remote_code if training.reference.model else config.trust_remote_code,
         any_template=training.allow_other_template,
     )
 

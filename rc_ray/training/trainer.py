@@ -68,12 +68,15 @@ class ReferenceDPOTrainer(DPOTrainer):  # type: ignore[misc]
             use_cache=False,
             labels=labels,
             fused_lm_head=True,
+            **({"output_router_logits": True} if self.aux_loss_enabled else {}),
         )
         logps = outputs.log_probs.sum(dim=1)
         chosen, rejected = logps.chunk(2)
         of_chosen, of_rejected = chosen - inputs["ref_chosen_logps"], rejected - inputs["ref_rejected_logps"]
         delta, differences = of_chosen - of_rejected, inputs["differences"]
         loss = self._recipe_loss(model, delta, differences)
+        if self.aux_loss_enabled:  # of a mixture of experts, as TRL adds it
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss
         self._note("rewards/chosen", self.beta * of_chosen)
         self._note("rewards/rejected", self.beta * of_rejected)
         self._note("rewards/margins", self.beta * delta)
@@ -82,6 +85,10 @@ class ReferenceDPOTrainer(DPOTrainer):  # type: ignore[misc]
             self._note(f"accuracies/{name}", (delta * differences[:, k] > 0).float())
         self._note("logps/chosen", chosen)
         self._note("logps/rejected", rejected)
+        if self.model.training:
+            tokens = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum()).sum().item()
+            self._total_train_tokens += tokens
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return (loss, outputs) if return_outputs else loss
 
     def _recipe_loss(self, model: Any, delta: torch.Tensor, differences: torch.Tensor) -> torch.Tensor:

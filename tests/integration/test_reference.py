@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rc_ray.config import Config, load_config
-from rc_ray.errors import DataError
+from rc_ray.errors import ClusterError, DataError, ModelError
 from rc_ray.ledger.storage import Folder
 from rc_ray.pipeline.cluster import connected
 from rc_ray.training.dpo import train_dpo
@@ -124,9 +124,9 @@ def test_given_columns_are_taken_when_they_are_of_this_model_only(tiny_policy: P
     own = computed(config, pairs, tmp_path / "cache")
     table = pq.read_table(pairs)
     right, wrong, half = (tmp_path / name for name in ("right", "wrong", "half"))
-    for folder, shift in ((right, 0.0), (wrong, 5.0)):
+    for folder, factor in ((right, 1.0), (wrong, 1.005)):  # a policy after a few steps of training is as near
         folder.mkdir()
-        columns = {name: pa.array(np.array(own.column(name).to_pylist()) + shift) for name in REFERENCE}
+        columns = {name: pa.array(np.array(own.column(name).to_pylist()) * factor) for name in REFERENCE}
         pq.write_table(pa.table({**{name: table.column(name) for name in table.column_names}, **columns}), folder / "a.parquet")
     half.mkdir()
     pq.write_table(pq.read_table(right / "a.parquet").drop_columns(REFERENCE[1:]), half / "a.parquet")
@@ -135,6 +135,34 @@ def test_given_columns_are_taken_when_they_are_of_this_model_only(tiny_policy: P
         computed(config, wrong, tmp_path / "new")
     with pytest.raises(DataError, match="of both answers and in all pairs, or in none"):
         computed(config, half, tmp_path / "new")
+
+
+def test_a_reference_that_reads_other_tokens_is_refused(tiny_policy: Path, pairs: Path, tmp_path: Path) -> None:
+    other = make_llama(tmp_path / "other", seed=9)
+    text = (other / "tokenizer.json").read_text()
+    vocabulary = json.loads(text)["model"]["vocab"]
+    (first, one), (second, two) = list(vocabulary.items())[-2:]
+    swapped = json.loads(text)
+    swapped["model"]["vocab"] |= {first: two, second: one}
+    (other / "tokenizer.json").write_text(json.dumps(swapped))
+    config = config_of(tiny_policy, tmp_path, reference={"model": str(other)})
+    with pytest.raises(ModelError, match=r"training\.reference\.model = .*reads 2 of the policy's \d+ tokens otherwise"):
+        computed(config, pairs, tmp_path / "cache")
+
+
+def test_a_training_that_diverges_ends_and_says_at_which_step(tiny_policy: Path, pairs: Path, tmp_path: Path) -> None:
+    from rc_ray.pipeline.progress import start_board
+
+    config = config_of(tiny_policy, tmp_path, learning_rate=1e30, max_failures=0)
+    with (
+        connected(config.cluster),
+        pytest.raises(ClusterError, match=r"(loss|grad_norm) of step \d is nan, so the policy is lost"),
+    ):
+        train_dpo(
+            config, Folder.at(pairs), Folder.at(tmp_path / "model"), Folder.at(tmp_path / "work"), 1.0, 0.0, start_board(),
+            Folder.at(tmp_path / "cache"),
+        )  # fmt: skip
+    assert not (tmp_path / "model").exists()
 
 
 def test_a_look_from_the_command_line_finds_what_is_wrong_and_trains_nothing(
@@ -152,7 +180,7 @@ def test_a_look_from_the_command_line_finds_what_is_wrong_and_trains_nothing(
     good = command(pairs)
     assert good.returncode == 0, good.stderr
     assert f"{NUM_PAIRS} pairs, longest " in good.stdout
-    assert "6 steps, 2 pairs taken twice" in good.stdout
+    assert "6 steps; nothing wrong" in good.stdout
     bad = tmp_path / "bad"
     bad.mkdir()
     rows = pq.read_table(pairs / "a.parquet").to_pylist()

@@ -31,7 +31,11 @@ def test_a_fall_of_both_is_said(chosen: float, rejected: float, warned: bool) ->
 
 
 def test_one_step_in_words() -> None:
-    assert live_words({"loss": 0.61234, "rewards/accuracies": 0.75, "num_tokens": 3}) == "loss 0.612  accuracy 0.75"
+    step = {"loss": 0.61234, "rewards/accuracies": 0.75, "num_tokens": 3}
+    assert live_words([step], beta=0.1) == "loss 0.612  accuracy 0.75"
+    falling = history(-0.2, -0.6)[:-1]
+    assert live_words(falling, beta=0.1) == "loss 0.5  both log-probs fall"
+    assert live_words([*falling, {"loss": 0.4, "rewards/chosen": 9.0, "rewards/rejected": -0.6}], beta=0.1) == "loss 0.4"
 
 
 def test_the_card_names_what_the_policy_came_from() -> None:

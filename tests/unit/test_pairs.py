@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rc_ray.config import TrainingConfig
 from rc_ray.errors import ConfigError, DataError
 from rc_ray.generation.render import template_hash
+from rc_ray.ledger.storage import Folder
 from rc_ray.training.arguments import LOSSES, check_training, dpo_arguments
 from rc_ray.training.pairs import PairCounts, PairTokenizer, end_tokens
 from tests.conftest import CHAT_TEMPLATE, make_tokenizer
@@ -147,6 +151,15 @@ def test_counts_of_parts_add_up() -> None:
         ({"trl": {"beta": 0.2}}, r"is set by training\.beta"),
         ({"trl": {"ld_alpha": 0.5}}, "only sums are kept"),
         ({"trl": {"dataloader_drop_last": True}}, "would leave pairs out"),
+        ({"trl": {"label_smoothing": 0.1}}, r"label_smoothing = 0.1: has no effect on .*\['sigmoid'\]; choose one of robust"),
+        ({"loss_type": "exo_pair"}, r"exo_pair: needs training\.trl\.label_smoothing above 0"),
+        ({"trl": {"discopop_tau": 0.1}}, "choose one of discopop"),
+        ({"trl": {"f_divergence_type": "kl"}}, "TRL has reverse_kl, forward_kl"),
+        ({"trl": {"f_divergence_type": "forward_kl"}, "loss_type": "nca_pair"}, "is for training.loss_type sigmoid"),
+        ({"trl": {"f_alpha_divergence_coef": 0.5}}, "no effect without f_divergence_type: alpha_divergence"),
+        ({"trl": {"use_weighting": True}, "loss_type": "aot"}, "not for the losses aot"),
+        ({"trl": {"eval_strategy": "steps"}}, "needs pairs that are not trained on"),
+        ({"trl": {"logging_nan_inf_filter": True}}, "a loss that is no number ends the training"),
         ({"recipe": "mix", "trl": {"label_smoothing": 0.1}}, r"no effect on training\.recipe = mix"),
         ({"loss_type": "sigmod"}, "no such loss; did you mean 'sigmoid'"),
         ({"loss_type": ["sigmoid", "sft"], "trl": {"loss_weights": [1.0]}}, "a number for each of"),
@@ -174,7 +187,9 @@ def test_all_fields_of_trl_are_known() -> None:
     from trl import DPOConfig
 
     assert {field.name for field in fields(DPOConfig) if field.init and not field.name.startswith("_")} <= dpo_arguments()
-    check_training(TrainingConfig(trl={"label_smoothing": 0.1, "max_grad_norm": 0.5, "optim": "adamw_torch"}), on_gpu=False)
+    check_training(
+        TrainingConfig(trl={"lr_scheduler_type": "cosine", "max_grad_norm": 0.5, "optim": "adamw_torch"}), on_gpu=False
+    )
 
 
 def test_pairs_of_another_template_are_refused_where_that_is_known() -> None:
@@ -189,3 +204,43 @@ def test_pairs_of_another_template_are_refused_where_that_is_known() -> None:
     counts = PairTokenizer(tokenizer, frozenset([tokenizer.eos_token_id]), None, own).tokenize(rows)[1]
     with pytest.raises(DataError, match=r"1 x template_mismatch: pair 1 .* training\.allow_other_template"):
         counts.check("pairs", None, 0.0)
+
+
+def test_only_several_workers_need_pairs_twice() -> None:
+    from rc_ray.training.dpo import _facts
+
+    counts = PairCounts(num_pairs=22)
+    batches = {"global_batch_size": 4, "per_device_batch_size": 2}
+    assert _facts(TrainingConfig(num_workers=1, **batches), counts).repeated == 0
+    assert _facts(TrainingConfig(num_workers=2, **batches), counts).repeated == 2
+
+
+def test_a_schedule_of_the_user_takes_the_place_of_the_usual_one(tmp_path: Path) -> None:
+    from rc_ray.training.dpo import dpo_config
+
+    found = []
+    for trl in ({}, {"lr_scheduler_type": "cosine"}):
+        task = SimpleNamespace(
+            training=TrainingConfig(trl=trl, report_to=[]),
+            steps=4,
+            max_length=64,
+            on_gpu=False,
+            seed=0,
+            output=Folder.at(tmp_path),
+        )
+        found.append(dpo_config(task, SimpleNamespace(shared=tmp_path, world=1)).lr_scheduler_type)
+    assert found == ["linear", "cosine"]
+
+
+def test_a_file_is_read_once_for_slices_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rc_ray.training import reference
+
+    pairs = Folder.at(tmp_path)
+    for number in range(2):
+        pq.write_table(pa.Table.from_pylist([pair()] * 200), tmp_path / f"{number}.parquet")
+    read, read_table = [], Folder.read_table
+    monkeypatch.setattr(Folder, "read_table", lambda self, name: (read.append(name), read_table(self, name))[1])
+    actor = reference.ReadPairs(SimpleNamespace(pairs=pairs))
+    slices = reference.slices(pairs)
+    assert [reference.read_slice(actor._file, part).num_rows for part in slices] == [64] * 6 + [16]
+    assert read == ["0.parquet", "1.parquet"]
