@@ -232,7 +232,7 @@ def _stage(options: argparse.Namespace) -> None:
     if name == "evaluate" and not Path(options.output).absolute().parent.is_dir():
         raise DataError(f"--output = {options.output!r}: its folder does not exist; make it first")
     target = Folder.at(options.output)
-    if not target.is_empty():
+    if name != "train" and not target.is_empty():  # a training that was killed may go on
         raise DataError(f"--output = {options.output!r}: it exists and is not empty; give a new place")
     if name == "sample":
         api.sample(config, options.input).write_parquet(target.uri)

@@ -13,6 +13,12 @@ RESERVED_NAMES = frozenset({"generation", "before", "after"})
 
 # vLLM's names for how many devices share one engine.
 PARALLEL_SIZES = ("tensor_parallel_size", "pipeline_parallel_size")
+# vLLM's names for how much an engine works on at the same time, and where: like the size of a pool, no part of what is asked for.
+CAPACITY = (
+    *PARALLEL_SIZES, "gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override", "block_size", "max_num_seqs", "max_num_batched_tokens",
+    "enable_prefix_caching", "enable_chunked_prefill", "cpu_offload_gb", "distributed_executor_backend", "max_parallel_loading_workers", "enforce_eager",
+    "disable_log_stats",
+)  # fmt: skip
 
 
 class Section(BaseModel):
@@ -31,6 +37,11 @@ class Section(BaseModel):
 def deployment(default: Any = ..., **kwargs: Any) -> Any:
     """A field that says where and how fast a run goes, not what comes out: left out of the run's fingerprint."""
     return Field(default, json_schema_extra={"affects_results": False}, **kwargs)
+
+
+def engine_arguments() -> Any:
+    """A field of vLLM's engine arguments, of which those of `CAPACITY` are left out of the run's fingerprint."""
+    return Field({}, json_schema_extra={"no_result": list(CAPACITY)})
 
 
 class PoolConfig(Section):

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -193,6 +193,8 @@ def result_fields(section: BaseModel) -> dict[str, Any]:
         if isinstance(extra, dict) and extra.get("affects_results") is False:
             continue
         value = getattr(section, name)
+        if isinstance(extra, dict) and "no_result" in extra:
+            value = {key: given for key, given in value.items() if key not in cast(list[str], extra["no_result"])}
         if isinstance(value, BaseModel):
             value = result_fields(value)
         elif isinstance(value, dict):

@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from rc_ray.config.base import PARALLEL_SIZES, PoolConfig, Section, deployment
+from rc_ray.config.base import PARALLEL_SIZES, PoolConfig, Section, deployment, engine_arguments
 
 NamedModels = dict[str, tuple[str, str | None, bool]]
 # Parameters of a URL that are no setting.
@@ -56,7 +56,7 @@ class ClassifierReward(Section):
     caching; models that look backwards only) and needs a vLLM that supports the architecture. On CPUs, the sequence classifiers of Llama,
     Qwen2 and BERT (MiniLM among them, without prefix caching) are tested; it has KV memory of its own, see VLLM_CPU_KVCACHE_SPACE."""
 
-    engine_arguments: dict[str, Any] = {}
+    engine_arguments: dict[str, Any] = engine_arguments()
     """Further arguments of `engine: vllm` by vLLM's own names, e.g. `{gpu_memory_utilization: 0.5}`."""
 
     label: int | str | None = None
@@ -362,7 +362,7 @@ class JudgeReward(ServiceReward):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of a model that is loaded here. `auto`: bfloat16 on GPUs, float32 on CPUs."""
 
-    engine_arguments: dict[str, Any] = {}
+    engine_arguments: dict[str, Any] = engine_arguments()
     """Further vLLM engine arguments for a model that is loaded here, by vLLM's own names; checked against vLLM's own list."""
 
     @field_validator("method", mode="before")

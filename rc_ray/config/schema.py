@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import AwareDatetime, Field, field_validator, model_validator
 
-from rc_ray.config.base import NAME_PATTERN, PARALLEL_SIZES, RESERVED_NAMES, PoolConfig, Section, deployment
+from rc_ray.config.base import NAME_PATTERN, PARALLEL_SIZES, RESERVED_NAMES, PoolConfig, Section, deployment, engine_arguments
 from rc_ray.config.rewards import JudgeReward, RewardConfig
 from rc_ray.config.selection import SelectionConfig
 from rc_ray.config.training import TrainingConfig
@@ -127,9 +127,9 @@ class GenerationConfig(Section):
     """A group that is not finished so many seconds after its first token is given up as `generation_failed`; waiting for a place in the
     engine does not count. Depends on how fast the engine is, so results may differ from run to run. None: no limit."""
 
-    engine: dict[str, Any] = {}
+    engine: dict[str, Any] = engine_arguments()
     """Further vLLM engine arguments by vLLM's own names, e.g. `{tensor_parallel_size: 2, gpu_memory_utilization: 0.85}`;
-    checked against vLLM's own list before anything starts."""
+    checked against vLLM's own list before anything starts. Those of memory, batches and devices may change when a run is resumed."""
 
     pool: PoolConfig = deployment(PoolConfig())
     """The pool of vLLM engines. With several policies each different model has a pool like this one."""
@@ -192,9 +192,15 @@ class GenerationConfig(Section):
             )
         if self.target_gap is not None and self.max_candidates is None:
             raise ValueError("target_gap has no effect without max_candidates; set that too, or remove it")
-        owned = {"model", "seed", "dtype", "max_model_len", "revision"} & set(self.engine)
+        owned = {"model", "seed", "dtype", "max_model_len", "revision", "trust_remote_code"} & set(self.engine)
         if owned:
             raise ValueError(f"engine.{sorted(owned)[0]} has a field of its own in the configuration; set it there")
+        if "data_parallel_size" in self.engine:
+            raise ValueError("engine.data_parallel_size: engines side by side are a pool; set pool.size")
+        if "tokenizer" in self.engine:
+            raise ValueError(
+                "engine.tokenizer: prompts are rendered with the model's own tokenizer; save the other one in the model's folder"
+            )
         return self
 
 

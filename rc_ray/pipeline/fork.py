@@ -53,12 +53,13 @@ def fork(source: str, config: Config, hashes: dict[str, str], emit: Callable[[st
         run.ledger.finish(PROMPTS, old.ledger.facts(PROMPTS))
     sampled, scored = old.ledger.done(SAMPLE), old.ledger.done(SCORE)
     all_rewards = kept == list(now["rewards"]) and now["rewards"].keys() == before["rewards"].keys()
+    of_stages = {name: scored | old.ledger.done(f"{SCORE}_{name}") for name in kept}
     for chunk in sorted(sampled - run.ledger.done(SAMPLE)):
         record = f"{chunk_name(chunk)}.json"
         _copy(old.candidates, run.candidates, [f"{chunk_name(chunk)}.parquet"])
         _copy(old.ledger.folder / SAMPLE, run.ledger.folder / SAMPLE, [record])
         for name in kept if not all_rewards else ():
-            if chunk in scored | old.ledger.done(f"{SCORE}_{name}"):
+            if chunk in of_stages[name]:
                 (run.ledger.folder / f"{SCORE}_{name}").write_json(record, {"groups": 0})
         if all_rewards and chunk in scored:
             counts = {k: v for k, v in (old.ledger.folder / SCORE).read_json(record).items() if k != "paired"}

@@ -1,7 +1,7 @@
 """What a run will cost, from a pilot: `rc-ray plan CONFIG --pilot 64 --price-per-gpu-hour 2.5`.
 
 Samples and scores a few prompts with the most answers that the configuration allows, in a run directory of its own
-(`<output>-pilot`, resumable), and predicts for fewer answers from the first ones of each group. The prompts are those with the
+(in `<output>-pilot`, resumable), and predicts for fewer answers from the first ones of each group. The prompts are those with the
 lowest ids, which are hashes; seeds come from prompt ids, so the pilot's answers are those that the run will sample.
 
 Intervals are percentile bootstraps over prompts; speed is taken as the pilot had it. A pilot that is too small to fill the
@@ -10,6 +10,7 @@ engines is slower per token than the run: the prediction then errs on the dear s
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -17,11 +18,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from rc_ray.config import BudgetConfig, Config, load_config
+from rc_ray.config import BudgetConfig, Config, GenerationConfig, load_config, result_fields
 from rc_ray.core import schemas
-from rc_ray.core.ids import prompt_id
+from rc_ray.core.ids import canonical_json, prompt_id
 from rc_ray.core.selection import fit_selection, select_pairs
 from rc_ray.core.selection_report import selection_report
 from rc_ray.core.statistics import Interval
@@ -126,12 +128,9 @@ def pilot(
     resolved = load_config(config, overrides)
     chosen, total = _draw(resolved, num_prompts)
     most = resolved.generation.max_candidates or resolved.generation.num_candidates
-    source = Folder.at(resolved.output).beside("-pilot-prompts")
-    source.write_table("prompts.parquet", pa.table({"prompt": pa.array(chosen, schemas.MESSAGES)}))
+    place = Folder.at(resolved.output).beside("-pilot")
     small = resolved.model_copy(
         update={
-            "output": Folder.at(resolved.output).beside("-pilot").uri,
-            "prompts": type(resolved.prompts)(path=(source / "prompts.parquet").uri),
             "generation": resolved.generation.model_copy(
                 update={"num_candidates": most, "max_candidates": None, "target_gap": None}
             ),
@@ -143,10 +142,15 @@ def pilot(
             ),
         }
     )
+    # Another number of prompts, another reward: another pilot.
+    key = hashlib.blake2b(canonical_json([result_fields(small), chosen]).encode(), digest_size=8).hexdigest()
+    source = place / f"prompts-{key}"
+    source.write_table("prompts.parquet", pa.table({"prompt": pa.array(chosen, schemas.MESSAGES)}))
+    prompts = type(resolved.prompts)(path=(source / "prompts.parquet").uri)
+    small = small.model_copy(update={"output": (place / f"run-{key}").uri, "prompts": prompts})
     run(small, emit=emit)
-    directory = rundir.open_existing(small.output)
-    prediction = _predict(resolved, directory, total, price)
-    directory.root.write_json(FILE, asdict(prediction))
+    prediction = _predict(resolved, rundir.open_existing(small.output), total, price)
+    place.write_json(FILE, asdict(prediction))
     return prediction
 
 
@@ -164,7 +168,11 @@ def _draw(config: Config, number: int) -> tuple[list[Any], int]:
 
 def _predict(config: Config, directory: RunDir, num_prompts: int, price: float | None) -> Prediction:
     groups = directory.candidates.read_all()
-    timing = directory.manifest()["timing"]
+    timing = directory.manifest().get("timing")
+    if timing is None or not timing["tokens"]:
+        raise DataError(
+            f"{directory.root.uri!r}: this pilot was killed before it could say how long it took; remove that folder, and sample it again"
+        )
     lengths = [[len(c["token_ids"]) for c in row or ()] for row in groups.column("candidates").to_pylist()]
     most = max(map(len, lengths), default=0)
     if most < 2:
@@ -179,10 +187,12 @@ def _predict(config: Config, directory: RunDir, num_prompts: int, price: float |
     selection = config.selection
     fitted = fit_selection([groups], selection)
     ids = groups.column("prompt_id").to_numpy(zero_copy_only=False)
-    paired, tokens = {}, {}
+    paired, enough, tokens, target = {}, {}, {}, config.generation.target_gap
     for n in sorted({*sizes, *rounds}):
-        found = select_pairs(_first(groups, n), selection, fitted).pairs.column("prompt_id").to_pylist()
-        paired[n] = np.isin(ids, found).astype(np.float64)
+        found = select_pairs(_first(groups, n), selection, fitted).pairs
+        paired[n] = np.isin(ids, found.column("prompt_id").to_pylist()).astype(np.float64)
+        wide = found if target is None else found.filter(pc.field("gap") >= target)
+        enough[n] = np.isin(ids, wide.column("prompt_id").to_pylist())
         tokens[n] = np.asarray([sum(row[:n]) for row in lengths], dtype=np.float64)
     speed = timing["tokens"] / max(timing["seconds"], 1e-9)
 
@@ -200,15 +210,20 @@ def _predict(config: Config, directory: RunDir, num_prompts: int, price: float |
 
     estimates = {f"N={n}": estimate(paired[n], tokens[n]) for n in sizes}
     if selection.strategy in ("rcs", "rc_all") and start < most:
-        # A group takes the answers of the first round that gives it a pair, or of the last one.
-        first = np.argmax([*(paired[n] > 0 for n in rounds[:-1]), np.ones(len(ids), dtype=bool)], axis=0)
+        # A group takes the answers of the first round that gives it a pair of the wanted gap, or of the last one.
+        first = np.argmax([*(enough[n] for n in rounds[:-1]), np.ones(len(ids), dtype=bool)], axis=0)
         spent = np.choose(first, [tokens[n] for n in rounds])
         estimates[f"adaptive {start}..{most}"] = estimate(np.max([paired[n] for n in rounds], axis=0), spent)
-    planned = f"adaptive {start}..{most}" if config.generation.max_candidates else f"N={most}"
     return Prediction(
         groups.num_rows, num_prompts, speed, timing["gpus"], price, estimates,
-        selection_report(groups, selection, fitted if fitted.scale is not None else None, sizes=sizes).consistency, planned,
+        selection_report(groups, selection, fitted if fitted.scale is not None else None, sizes=sizes).consistency, _planned(config.generation),
     )  # fmt: skip
+
+
+def _planned(generation: GenerationConfig) -> str:
+    """The estimate that a configuration stands for."""
+    few, most = generation.num_candidates, generation.max_candidates
+    return f"N={few}" if most is None else f"adaptive {few}..{most}"
 
 
 def _first(groups: pa.Table, number: int) -> pa.Table:
@@ -239,11 +254,13 @@ def side_by_side(run_dir: RunDir, metrics: dict[str, Any]) -> dict[str, Any] | N
     if not folder.exists(FILE):
         return None
     prediction = folder.read_json(FILE)
-    predicted = prediction["estimates"].get(prediction["planned"])
+    planned = _planned(run_dir.config().generation)
+    predicted = prediction["estimates"].get(planned)
     sampled = run_dir.ledger.facts(PROMPTS)["prompts"] - metrics["identity"]["not_sampled"]
     timing = run_dir.manifest().get("timing")
     tokens, paired = metrics["sampling"].get("tokens", 0), metrics["identity"]["paired"]
-    hours = timing["seconds"] / 3600 if timing else None
+    # Of sessions that were killed, and of the run of a fork, the tokens are known and the time is not.
+    hours = timing["seconds"] / 3600 * tokens / timing["tokens"] if timing and timing["tokens"] else None
     devices = (timing or {}).get("gpus") or 1.0
     price = prediction["price"]
     actual = {
@@ -253,7 +270,7 @@ def side_by_side(run_dir: RunDir, metrics: dict[str, Any]) -> dict[str, Any] | N
         "hours": hours,
         "cost_per_pair": price * devices * hours / paired if price is not None and hours is not None and paired else None,
     }
-    return {"planned": prediction["planned"], "predicted": predicted, "actual": actual}
+    return {"planned": planned, "predicted": predicted, "actual": actual}
 
 
 def pilot_lines(pilot: dict[str, Any]) -> list[str]:

@@ -94,12 +94,14 @@ class Preflight:
 
 
 def preflight(config: Config, pairs: Folder, num_cpus: float) -> Preflight:
-    """Looks at all pairs, on the connected cluster, before any step.
+    """Looks at all pairs, on the connected cluster, before any step. That log-probs they bring are of the reference is left to the pass that has it loaded.
 
     Raises:
-        DataError: no pair, or what is wrong with how many of them.
+        DataError: no pair, or what is wrong with how many of them. ConfigError: the recipe does not fit them.
     """
-    return _look(config, pairs, num_cpus)[0]
+    facts, counts = _look(config, pairs, num_cpus)
+    _check_recipe(config.training, sorted(counts.rewards))
+    return facts
 
 
 def train_dpo(

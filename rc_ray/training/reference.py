@@ -131,14 +131,15 @@ class ReadPairs:
         pairs = self._prepared(read_slice(self._file, part))
         self._tokenizer = self._tokenizer or self._open()
         rows, counts = self._tokenizer.tokenize(pairs, part.first)
-        if self._task.results is None:
-            whole = json.dumps([part.first, pairs], default=str)
-            counts.digest = int.from_bytes(hashlib.blake2b(whole.encode(), digest_size=16).digest(), "big")
-            return counts, ""
         given = [
             tuple(pairs[row["row"] - part.first].get(name) if self._task.brought else None for name in REFERENCE)
             for row in rows
         ]
+        self._check_given(given, rows)
+        if self._task.results is None:
+            whole = json.dumps([part.first, pairs], default=str)
+            counts.digest = int.from_bytes(hashlib.blake2b(whole.encode(), digest_size=16).digest(), "big")
+            return counts, ""
         content = json.dumps([rows, given])
         name = f"{hashlib.blake2b(content.encode(), digest_size=16).hexdigest()}.parquet"
         if not self._task.results.exists(name):
@@ -196,14 +197,18 @@ class ReadPairs:
             )
         return model
 
-    def _given(self, given: list[tuple[Any, ...]], rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
-        """Log-probs that the pairs came with, of which some are computed again."""
+    def _check_given(self, given: list[tuple[Any, ...]], rows: list[dict[str, Any]]) -> None:
+        if all(pair == (None, None) for pair in given):
+            return
         for row, pair in zip(rows, given, strict=True):
             if any(Score.checked(value).value is None for value in pair):
                 raise DataError(
                     f"pairs = {self._task.pairs.uri!r}: pair {row['row']} has the reference log-probs {pair}; they must be finite numbers, of both "
                     "answers and in all pairs, or in none"
                 )
+
+    def _given(self, given: list[tuple[Any, ...]], rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
+        """Log-probs that the pairs came with, of which some are computed again."""
         tolerance = TOLERANCE[self._task.dtype]
         for row, pair, own in zip(rows, given, self._logps(rows[:NUM_CHECKED]), strict=False):
             for side, there, here in zip(SIDES, pair, own, strict=True):

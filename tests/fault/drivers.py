@@ -24,6 +24,8 @@ import yaml
 from tests.conftest import ROOT
 
 NUM_MOMENTS = int(os.environ.get("RC_RAY_FAULT_MOMENTS", "3"))
+# What takes long is tried once, unless more is asked for.
+NUM_LONG = NUM_MOMENTS if "RC_RAY_FAULT_MOMENTS" in os.environ else 1
 NUM_PROMPTS, CHUNK_SIZE = 72, 3
 NUM_CHUNKS = NUM_PROMPTS // CHUNK_SIZE
 # Twenty times what anything here takes on a quiet machine.

@@ -12,7 +12,7 @@ import pytest
 
 from tests.fault.conftest import StartDriver
 from tests.fault.disks import Disk, small_disk
-from tests.fault.drivers import CHUNK_SIZE, NUM_CHUNKS, assert_same_outcome, commits, moments
+from tests.fault.drivers import CHUNK_SIZE, NUM_CHUNKS, NUM_LONG, assert_same_outcome, commits, moments
 
 
 @pytest.fixture
@@ -35,9 +35,10 @@ def assert_what_counts_is_whole(folder: Path) -> None:
             json.loads(file.read_text())
 
 
+@pytest.mark.parametrize("attempt", range(NUM_LONG))
 @pytest.mark.parametrize("fault", ["full", "read-only"])
 def test_a_disk_that_takes_no_more_half_way_ends_the_run_which_resumes(
-    fault: str, config: dict[str, Any], driver: StartDriver, whole: Path, disk: Disk
+    fault: str, attempt: int, config: dict[str, Any], driver: StartDriver, whole: Path, disk: Disk
 ) -> None:
     config["output"] = str(disk.folder / "run")
     place: dict[str, Any] = {"prefix": disk.prefix, "seen_at": disk.seen_at / "run"}

@@ -13,7 +13,17 @@ import pytest
 
 from cluster.local_two_nodes import LocalCluster, two_nodes
 from tests.fault.conftest import StartDriver
-from tests.fault.drivers import NUM_CHUNKS, assert_same_outcome, descendants, is_alive, kill, moments, title, wait_until
+from tests.fault.drivers import (
+    NUM_CHUNKS,
+    NUM_LONG,
+    assert_same_outcome,
+    descendants,
+    is_alive,
+    kill,
+    moments,
+    title,
+    wait_until,
+)
 
 # Enough on each node for all pools, a CPU each, and the small tasks beside them.
 NODE_CPUS = 5
@@ -61,9 +71,10 @@ def release(ballast: subprocess.Popen[str]) -> None:
     ballast.wait(timeout=60)
 
 
+@pytest.mark.parametrize("attempt", range(NUM_LONG))
 @pytest.mark.parametrize(("stage", "actor"), [("sample", "GenerateGroups"), ("score", "ScoreGroups_length")])
 def test_a_run_whose_node_is_killed_goes_on_on_the_other_one(
-    stage: str, actor: str, config: dict[str, Any], cluster: LocalCluster, ballast: subprocess.Popen[str], driver: StartDriver,
+    stage: str, actor: str, attempt: int, config: dict[str, Any], cluster: LocalCluster, ballast: subprocess.Popen[str], driver: StartDriver,
     whole: Path,
 ) -> None:  # fmt: skip
     config["cluster"] |= {"address": cluster.address, "mode": "streaming" if stage == "sample" else "phased"}

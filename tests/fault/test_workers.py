@@ -14,7 +14,7 @@ import pytest
 from rc_ray.errors import ClusterError
 from rc_ray.pipeline.run import run
 from tests.fault.conftest import StartDriver, write_prompts
-from tests.fault.drivers import NUM_CHUNKS, NUM_MOMENTS, assert_same_outcome, kill, moments
+from tests.fault.drivers import NUM_CHUNKS, NUM_LONG, NUM_MOMENTS, assert_same_outcome, kill, moments
 
 # An actor, the stage whose commits say when it dies, and the first and last of these: while its pool has work.
 ACTORS = (
@@ -53,8 +53,9 @@ def test_killed_actors_are_replaced_and_the_output_is_that_of_an_undisturbed_run
     assert_same_outcome(running.folder, whole)
 
 
+@pytest.mark.parametrize("attempt", range(NUM_LONG))
 def test_a_killed_worker_process_of_vllm_ends_its_engine_which_is_replaced(
-    config: dict[str, Any], driver: StartDriver, whole: Path
+    attempt: int, config: dict[str, Any], driver: StartDriver, whole: Path
 ) -> None:
     # On CPUs the engine is inside the actor; this makes vLLM start a process for the model, as it does for several GPUs.
     config["generation"]["engine"] |= {"distributed_executor_backend": "mp"}

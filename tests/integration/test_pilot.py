@@ -33,7 +33,8 @@ def test_plan_with_a_pilot_predicts_and_the_run_is_compared_with_it(
     printed = capsys.readouterr().out
     for words in ("12 of 31 prompts", "cost per pair", "N=6 *", "adaptive 2..6", "helpful + harmless + length"):
         assert words in printed
-    sampled, whole = answers(tmp_path / "run-pilot"), answers(finished_run.folder)
+    (directory,) = (tmp_path / "run-pilot").glob("run-*")
+    sampled, whole = answers(directory), answers(finished_run.folder)
     assert len(sampled) == 12
     assert all(whole[identity] == texts for identity, texts in sampled.items())
     lines: list[str] = []

@@ -181,6 +181,12 @@ def test_a_look_from_the_command_line_finds_what_is_wrong_and_trains_nothing(
     assert good.returncode == 0, good.stderr
     assert f"{NUM_PAIRS} pairs, longest " in good.stdout
     assert "6 steps; nothing wrong" in good.stdout
+    columns = {name: pa.array([-1.0] * 7 + [float("nan")] * 15) for name in REFERENCE}
+    nan = tmp_path / "nan"
+    nan.mkdir()
+    table = pq.read_table(pairs)
+    pq.write_table(pa.table({**{name: table.column(name) for name in table.column_names}, **columns}), nan / "a.parquet")
+    assert "pair 7 has the reference log-probs (nan, nan); they must be finite" in command(nan).stderr
     bad = tmp_path / "bad"
     bad.mkdir()
     rows = pq.read_table(pairs / "a.parquet").to_pylist()

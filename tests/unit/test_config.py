@@ -39,6 +39,9 @@ GOOD: dict[str, Any] = {
         ("generation.temperature=0", ["generation.temperature = 0", "greater than 0"]),
         ("generation.max_tokens=4096", ["max_tokens (4096)", "max_model_len (2048)", "lower the first"]),
         ("generation.engine={seed: 3}", ["engine.seed", "field of its own"]),
+        ("generation.engine={trust_remote_code: true}", ["engine.trust_remote_code", "field of its own"]),
+        ("generation.engine={data_parallel_size: 2}", ["engine.data_parallel_size", "set pool.size"]),
+        ("generation.engine={tokenizer: other}", ["engine.tokenizer", "model's own tokenizer"]),
         ("rewards={helpful: {kind: classifier, model: m}}", ["1 objective", "at least 2", "add another objective"]),
         ("rewards.helpful.kind=oracle", ["rewards.helpful", "oracle", "classifier"]),
         ("rewards.length.function=length_near", ["rewards.length.function = 'length_near'", "module:name"]),
@@ -93,11 +96,18 @@ def test_resolved_yaml_gives_the_same_configuration(tmp_path: Path) -> None:
 
 def test_fingerprint_changes_with_results_and_not_with_deployment() -> None:
     base = fingerprint(load_config(GOOD))
-    for same in ("output=elsewhere", "generation.pool.size=4", "rewards.helpful.pool.num_gpus=0.5", "cluster.chunk_size=3"):
+    for same in (
+        "output=elsewhere",
+        "generation.pool.size=4",
+        "rewards.helpful.pool.num_gpus=0.5",
+        "cluster.chunk_size=3",
+        "generation.engine={gpu_memory_utilization: 0.8, max_num_seqs: 64, tensor_parallel_size: 2}",
+    ):
         assert fingerprint(load_config(GOOD, [same])) == base
     for other in (
         "seed=1",
         "generation.num_candidates=4",
+        "generation.engine={gpu_memory_utilization: 0.8, quantization: fp8}",
         "rewards.length.args.target_words=9",
         "training.beta=0.2",
         "model=b/c",

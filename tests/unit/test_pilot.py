@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rc_ray.config import load_config
 from rc_ray.core import schemas
 from rc_ray.core.statistics import Interval
 from rc_ray.errors import DataError
+from rc_ray.ledger import rundir
 from rc_ray.ledger.rundir import RunDir
 from rc_ray.ledger.storage import Folder
 from rc_ray.pipeline import pilot
@@ -87,6 +89,39 @@ def test_adaptive_is_followed_round_by_round(tmp_path: Path) -> None:
     estimate = prediction.estimates["adaptive 2..6"]
     assert estimate.tokens_per_prompt.mean == pytest.approx(np.mean([n * (n + 1) / 2 for n in used]))
     assert estimate.pairs_per_prompt == prediction.estimates["N=6"].pairs_per_prompt
+
+
+def test_adaptive_goes_on_where_the_gap_is_too_small(tmp_path: Path) -> None:
+    run = directory(tmp_path, REWARDS)
+    options = ["generation.num_candidates=2", "generation.max_candidates=6", "selection.gap=sum"]
+    plain = predict(run, *options).estimates["adaptive 2..6"]
+    wanting, hopeless = (
+        predict(run, *options, f"generation.target_gap={gap}").estimates["adaptive 2..6"] for gap in (1.0, 1e9)
+    )
+    assert plain.tokens_per_prompt.mean < wanting.tokens_per_prompt.mean < hopeless.tokens_per_prompt.mean == 21
+    assert plain.pairs_per_prompt == wanting.pairs_per_prompt == hopeless.pairs_per_prompt
+
+
+def test_a_pilot_without_its_times_is_an_error(tmp_path: Path) -> None:
+    run = directory(tmp_path, REWARDS)
+    run.root.write_json("manifest.json", {})
+    with pytest.raises(DataError, match="was killed before it could say how long it took; remove that folder"):
+        predict(run)
+
+
+def test_what_came_out_is_compared_with_the_prediction_for_what_was_run(tmp_path: Path) -> None:
+    run = rundir.create(load_config(GOOD, [f"output={tmp_path / 'run'}", "generation.num_candidates=4"]), {})
+    Folder.at(tmp_path / "run-pilot").write_json("pilot.json", asdict(predict(directory(tmp_path / "pilot", REWARDS))))
+    run.ledger.finish("prompts", {"prompts": 100})
+    # A session that sampled 600 of the 1000 tokens was killed; the other one took an hour for its 400, on two GPUs.
+    run.update_manifest(timing={"tokens": 400, "seconds": 3600.0, "gpus": 2.0})
+    found = pilot.side_by_side(run, {"identity": {"not_sampled": 50, "paired": 10}, "sampling": {"tokens": 1000}})
+    assert found is not None
+    assert found["planned"] == "N=4"
+    assert found["predicted"] == asdict(predict(directory(tmp_path / "again", REWARDS)))["estimates"]["N=4"]
+    assert found["actual"] == {
+        "pairs_per_prompt": 0.2, "tokens_per_prompt": 20.0, "tokens_per_pair": 100.0, "hours": 2.5, "cost_per_pair": 3.0 * 2 * 2.5 / 10,
+    }  # fmt: skip
 
 
 def test_without_a_pair_the_cost_is_infinite_and_without_a_price_it_is_left_out(tmp_path: Path) -> None:
