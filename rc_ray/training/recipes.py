@@ -51,9 +51,14 @@ def objective_losses(delta: torch.Tensor, differences: torch.Tensor, beta: float
     return losses.sum(dim=0) / ordered.sum(dim=0).clamp(min=1)
 
 
-def mix_loss(delta: torch.Tensor, differences: torch.Tensor, weights: torch.Tensor, beta: float) -> torch.Tensor:
-    """`mix`: sum of w_k L_k, DPO on every objective's own order of the pairs (the linear baseline, e.g. of arXiv 2602.02495)."""
-    return (weights * objective_losses(delta, differences, beta)).sum()
+def mix_loss(losses: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """`mix`: sum of w_k L_k, DPO on every objective's own order of the pairs (the linear baseline, e.g. of arXiv 2602.02495).
+
+    Args:
+        losses: (K,), see `objective_losses`.
+        weights: (K,).
+    """
+    return (weights * losses).sum()
 
 
 def modpo_loss(

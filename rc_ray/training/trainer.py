@@ -11,7 +11,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from rc_ray.config import TrainingConfig
 from rc_ray.training.arguments import OWN_LOSS
-from rc_ray.training.recipes import modpo_loss, objective_losses, objective_weights, raco_coefficients
+from rc_ray.training.recipes import mix_loss, modpo_loss, objective_losses, objective_weights, raco_coefficients
 
 # Of all weights, for the name of a cache of log-probs that is not used here.
 dpo_trainer.hash_module = lambda module: ""
@@ -103,7 +103,7 @@ class ReferenceDPOTrainer(DPOTrainer):  # type: ignore[misc]
         if training.recipe == "raco" and model.training:
             gram = self._gram(model, losses).double().cpu().numpy()
             weights = torch.as_tensor(raco_coefficients(gram, weights.double().cpu().numpy(), training.conflict)).to(losses)
-        return (weights * losses).sum()
+        return mix_loss(losses, weights)
 
     def _gram(self, model: Any, losses: torch.Tensor) -> torch.Tensor:
         """Products of the objectives' gradients, of the batch over all workers, (K, K)."""

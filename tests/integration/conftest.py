@@ -75,12 +75,12 @@ def train(policy: Path, pairs: Path, folder: Path, board: Any, num_cpus: float =
     return train_dpo(config, Folder.at(pairs), at[0], at[1], num_cpus, 0.0, board, at[2])
 
 
-def preference(folder: Path) -> float:
+def preference(folder: Path, prompt: str = "question 99") -> float:
     """log p(first answer) - log p(second), of a prompt that was not trained on."""
     from rc_ray.rewards.language_model import LanguageModel
 
     model = LanguageModel(str(folder), None, False, "float32", False, 4096)
-    first, second = model.logprobs([[{"role": "user", "content": "question 99"}]] * 2, list(ANSWERS))
+    first, second = model.logprobs([[{"role": "user", "content": prompt}]] * 2, list(ANSWERS))
     assert first.value is not None
     assert second.value is not None
     return first.value - second.value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from rc_ray.config.training import Recipe
 from rc_ray.errors import ConfigError, DataError
 from rc_ray.ledger.storage import Folder
 from rc_ray.training.recipes import RECIPES
-from tests.integration.conftest import preference, train
+from tests.integration.conftest import NUM_PAIRS, preference, train
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "modpo": {"primary": "kind", "weights": {"kind": 0.8, "brief": 0.2}},
@@ -36,6 +37,8 @@ def test_a_recipe_lowers_its_own_loss(
         own = losses[stage * steps : (stage + 1) * steps]
         third = len(own) // 3
         assert sum(own[-third:]) < sum(own[:third]), own
+    assert_own_loss(recipe, [entry for entry in facts["log_history"] if "loss" in entry])
+    assert facts["num_pairs"] == (2 if recipe == "reward_augmented" else 1) * NUM_PAIRS
     assert facts["recipe"] == recipe
     assert not (tmp_path / "work").exists()
     before, after = preference(tiny_policy), preference(tmp_path / "model")
@@ -43,6 +46,29 @@ def test_a_recipe_lowers_its_own_loss(
         assert (tmp_path / "model" / "model.safetensors").exists()
     else:
         assert after > before + 0.1
+    if recipe in ("mix", "soup", "raco"):  # where `brief` prefers the other answer, it holds against it
+        before, brief = (preference(folder, "be brief, 98") for folder in (tiny_policy, tmp_path / "model"))
+        assert brief - before < after - preference(tiny_policy) - 0.1
+
+
+def assert_own_loss(recipe: str, logs: list[dict[str, Any]]) -> None:
+    """The logged losses are those of the recipe, and not DPO's on the same pairs, which begins at log 2."""
+    if recipe == "modpo":
+        assert abs(logs[0]["loss"] - math.log(2)) > 5e-3, "no margins"
+    elif recipe in ("mix", "raco"):
+        weights = {"kind": 0.75, "brief": 0.25} if recipe == "raco" else {"kind": 0.5, "brief": 0.5}
+        mixed = [sum(weight * entry[f"loss/{name}"] for name, weight in weights.items()) for entry in logs]
+        losses = [entry["loss"] for entry in logs]
+        if recipe == "mix":
+            assert losses == pytest.approx(mixed, abs=1e-4)
+        else:
+            assert all(loss > 1.01 * each for loss, each in zip(losses, mixed, strict=True)), (
+                "no step is turned away from conflicts"
+            )
+        assert abs(logs[-1]["loss/kind"] - logs[-1]["loss/brief"]) > 1e-3, "both objectives have the same order"
+    else:
+        assert logs[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+        assert "loss/kind" not in logs[0]
 
 
 def test_a_soup_is_the_mean_of_its_policies(tiny_policy: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_losses_of_the_objectives() -> None:
 
 def test_mix() -> None:
     theta, delta = policy()
-    loss = mix_loss(delta, torch.tensor(DIFFERENCES), torch.tensor([0.25, 0.75]), BETA)
+    loss = mix_loss(objective_losses(delta, torch.tensor(DIFFERENCES), BETA), torch.tensor([0.25, 0.75]))
     assert loss.item() == pytest.approx(0.25 * (softplus(-0.4) + softplus(0.2)) / 2 + 0.75 * softplus(-0.2))
     loss.backward()
     sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
@@ -118,3 +118,16 @@ def test_reward_augmented_pairs_hold_both_goals() -> None:
     assert second["prompt"][0]["content"] == "Be brief.\nThe answer should get these scores out of 10: a 1, b 9."
     assert (second["chosen"], second["rejected"]) == ("second", "first")
     assert second["rewards_chosen"] == {"a": 0.0, "b": 9.0}
+
+
+def test_products_of_gradients_are_over_all_parameters() -> None:
+    from rc_ray.training.trainer import ReferenceDPOTrainer
+
+    model = torch.nn.Linear(2, 1)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, 2.0]]))
+        model.bias.fill_(3.0)
+    losses = torch.stack([model(torch.tensor([1.0, 0.0])).sum() ** 2, model(torch.tensor([0.0, 1.0])).sum()])
+    # Gradients by weight and bias: 2 * 4 * (1, 0, 1) and (0, 1, 1).
+    gram = ReferenceDPOTrainer._gram(None, model, losses)  # type: ignore[arg-type]
+    assert gram.tolist() == [[128.0, 8.0], [8.0, 2.0]]
