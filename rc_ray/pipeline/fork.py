@@ -47,6 +47,8 @@ def fork(source: str, config: Config, hashes: dict[str, str], emit: Callable[[st
         rewards = [config.rewards[name] for name in kept]
         names = {*model_names(config), *(model for reward in rewards for model, *_ in reward.models().values())}
         run.update_manifest(models={name: value for name, value in manifest["models"].items() if name in names})
+    if "engines" in manifest:
+        run.update_manifest(engines=manifest["engines"])
     if not run.ledger.is_finished(PROMPTS):
         _copy(old.prompts, run.prompts, old.prompts.names(".parquet"))
         _copy(old.drops, run.drops, ["prompts.parquet"])

@@ -207,7 +207,11 @@ def _run_pending(config: Config, run_dir: RunDir, todo: list[str], emit: stages.
     stages.pin_models(config, run_dir)
     with connected(config.cluster) as cluster:
         emit(f"ray       {cluster.description}: {cluster.num_nodes} node(s), {cluster.cpus:g} CPUs, {cluster.gpus:g} GPUs")
-        plan = make_plan(config, cluster.cpus, cluster.gpus, cluster.num_nodes, cluster.gpus_per_node)
+        resources = (cluster.cpus, cluster.gpus, cluster.num_nodes, cluster.gpus_per_node)
+        plan = make_plan(config, *resources)
+        if "sample" in todo:
+            config = stages.pin_engines(config, run_dir, plan.generation.num_gpus > 0, emit)
+            plan = make_plan(config, *resources)
         for line in plan.lines():
             emit(f"pool      {line}")
         if "train" in todo:  # what it needs of the machines is missing now, not after days of sampling

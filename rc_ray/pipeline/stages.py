@@ -24,6 +24,7 @@ from rc_ray.errors import DataError, ResumeError
 from rc_ray.evaluation.compare import compare
 from rc_ray.evaluation.report import write_report
 from rc_ray.generation.arguments import check_engine_arguments
+from rc_ray.generation.hardware import choose_dtype
 from rc_ray.generation.load import Load
 from rc_ray.ledger import rundir
 from rc_ray.ledger.ledger import Ledger, chunk_name
@@ -197,6 +198,22 @@ def pin_models(config: Config, run: RunDir) -> None:
             f"output = {run.root.uri!r}: the run began with other models ({'; '.join(changed)}); put them back or give another output"
         )
     run.update_manifest(models={**recorded, **found})
+
+
+def pin_engines(config: Config, run: RunDir, on_gpu: bool, emit: Emit) -> Config:
+    """The configuration with the dtype that the run's engines began with, where it is left to the machine; says when vLLM is another one by now."""
+    dtype, _ = choose_dtype(config.generation.dtype, on_gpu)
+    now = {"dtype": dtype, "vllm": rundir.versions().get("vllm", "none")}
+    began = run.manifest().get("engines") or now
+    run.update_manifest(engines=began)
+    if began["vllm"] != now["vllm"]:
+        emit(
+            f"engines   answers so far are of vLLM {began['vllm']}, the next ones of {now['vllm']}: install the former for answers that an undisturbed run gives"
+        )
+    if began["dtype"] == dtype:
+        return config
+    emit(f"engines   dtype={began['dtype']}, with which the run began on other machines, and not {dtype}")
+    return config.model_copy(update={"generation": config.generation.model_copy(update={"dtype": began["dtype"]})})
 
 
 def training_groups(config: Config, run: RunDir) -> GroupRun:

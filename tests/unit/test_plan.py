@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from rc_ray.config import Config, load_config
 from rc_ray.errors import ClusterError, ConfigError
 from rc_ray.generation import hardware
 from rc_ray.generation.hardware import engine_choices
+from rc_ray.ledger import rundir
 from rc_ray.pipeline.plan import make_plan, reward_threads
+from rc_ray.pipeline.stages import pin_engines
 
 BASE: dict[str, Any] = {
     "model": "some/model",
@@ -26,6 +29,20 @@ BASE: dict[str, Any] = {
 
 def config(*overrides: str) -> Config:
     return load_config(BASE, overrides)
+
+
+def test_a_run_goes_on_with_the_dtype_that_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, said = rundir.create(config(f"output={tmp_path / 'run'}"), {}), []
+    monkeypatch.setattr(hardware, "cpu_flags", lambda: {"avx512_bf16"})
+    assert pin_engines(config(), run, False, said.append) == config()
+    assert said == []
+    monkeypatch.setattr(hardware, "cpu_flags", set)
+    resumed = pin_engines(config(), run, False, said.append)
+    assert resumed == config("generation.dtype=bfloat16")
+    assert said == ["engines   dtype=bfloat16, with which the run began on other machines, and not float32"]
+    monkeypatch.setattr(rundir, "versions", lambda: {"vllm": "99.0"})
+    pin_engines(resumed, run, False, said.append)
+    assert "the next ones of 99.0" in said[1]
 
 
 def test_eight_cpus_hold_all_pools_at_once() -> None:
