@@ -41,6 +41,10 @@ class Ledger:
         names = (self.folder / stage).names(".json")
         return {int(name[len("chunk-") : -len(".json")]) for name in names if name.startswith("chunk-")}
 
+    def has(self, stage: str, chunk: int) -> bool:
+        """Whether a stage has committed a chunk."""
+        return (self.folder / stage).exists(f"{chunk_name(chunk)}.json")
+
     def commit(self, stage: str, chunk: int, counts: dict[str, Any], files: dict[Folder, pa.Table]) -> None:
         """Writes a chunk's tables, one file per folder, then the record that makes them count."""
         for folder, table in files.items():

@@ -392,6 +392,8 @@ def commit_groups(
     """
     if block.num_rows and not (skip_sampled and block.column(SAMPLED)[0].as_py()):
         for chunk, table in split_chunks(block, prompts).items():
+            if skip_sampled and ledger.has(stage, chunk):
+                continue  # Ray runs a task again whose outcome a node took with it; by now, rewards may be in the file
             rewards = [field.name for field in schemas.reward_fields(objectives)]
             if selection is not None and (lacking := [name for name in rewards if name not in table.column_names]):
                 raise ResumeError(f"chunk {chunk} has no {lacking[0]}; nothing was committed, run again to resume")

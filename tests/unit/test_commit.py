@@ -40,7 +40,7 @@ def commit(run: GroupRun, objectives: list[str], stage: str = "score", **rewards
         table = table.append_column(schemas.reward_fields([name])[1], pa.array([None], pa.string()))
     block = table.append_column(actors.CHUNK, pa.array([0], pa.int32())).append_column(actors.SAMPLED, pa.array([False]))
     selection = SelectionConfig() if stage == "score" else None
-    actors.commit_groups(block, run.ledger, stage, run.prompts, run.groups, objectives, False, BOARD, selection)
+    actors.commit_groups(block, run.ledger, stage, run.prompts, run.groups, objectives, stage == "sample", BOARD, selection)
 
 
 def test_rewards_are_in_the_same_order_in_all_files(tmp_path: Path) -> None:
@@ -59,6 +59,14 @@ def test_a_chunk_without_a_reward_of_the_run_is_not_committed(tmp_path: Path) ->
     assert run.ledger.done("score") == set()
     commit(run, ["a", "b"], stage="score_b", b=[3.0, 5.0])  # one reward after the other
     assert run.ledger.done("score_b") == {0}
+
+
+def test_a_commit_of_candidates_that_ray_repeats_leaves_their_rewards(tmp_path: Path) -> None:
+    run = run_at(tmp_path)
+    commit(run, ["a"], stage="sample")
+    commit(run, ["a"], a=[1.0, 2.0])
+    commit(run, ["a"], stage="sample")
+    assert pq.read_table(tmp_path / "groups" / "chunk-000000.parquet")["reward.a"].to_pylist() == [[1.0, 2.0]]
 
 
 def test_rewards_go_with_the_candidates_that_are_given_back(tmp_path: Path) -> None:
