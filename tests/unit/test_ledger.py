@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def plain_folder(path: Path) -> Folder:
 
 
 def uri_folder(path: Path) -> Folder:
-    """The same place as a URI, which is written as an object store is: straight to the name, without a rename."""
+    """The same place as a URI, which is written as a filesystem that shows a file while it is written: beside its name, then moved."""
     return Folder(f"file://{path}")
 
 
@@ -64,6 +65,41 @@ def test_what_is_written_is_read_back(make: Any, tmp_path: Path) -> None:
     folder.write_bytes("b.bin", b"shorter")
     assert folder.read_bytes("b.bin") == b"shorter"
     assert set(files_below(tmp_path)) == {"deep/er/a.json", "deep/er/b.bin", "deep/er/t.parquet"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "opened"), [("s3", "deep/a.json"), ("gcs", "deep/a.json"), ("hdfs", r"deep/\.a\.json\.\w+\.tmp")]
+)
+def test_object_stores_take_a_file_when_it_is_closed(
+    kind: str, opened: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places, plain = [], Folder.filesystem
+
+    class OfKind:
+        type_name = kind
+
+        def __init__(self, filesystem: Any) -> None:
+            self._filesystem = filesystem
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._filesystem, name)
+
+        def open_output_stream(self, path: str) -> Any:
+            places.append(path)
+            return self._filesystem.open_output_stream(path)
+
+        def move(self, source: str, target: str) -> None:
+            assert kind == "hdfs", "an object store would copy it"
+            self._filesystem.move(source, target)
+
+    monkeypatch.setattr(Folder, "filesystem", lambda self: (OfKind(plain(self)[0]), plain(self)[1]))
+    folder = uri_folder(tmp_path) / "deep"
+    for content in (b"first", b"second"):
+        folder.write_bytes("a.json", content)
+        assert folder.read_bytes("a.json") == content
+    assert folder.create("a.json", b"third") is False
+    assert [re.fullmatch(f"{tmp_path}/{opened}", place) is not None for place in places] == [True, True]
+    assert files_below(tmp_path) == {"deep/a.json": b"second"}
 
 
 def test_read_all_goes_by_name_and_needs_a_schema_when_nothing_is_there(tmp_path: Path) -> None:
