@@ -15,6 +15,8 @@ from rc_ray.rewards.base import Score
 # A batch is also ended by padding: a smaller one is as fast per token, as long as there are some tokens in it. How many was measured on CPUs only.
 MAX_PADDING = 0.03
 FEW_TOKENS, FEW_TOKENS_ON_GPU = 1024, 8192
+# PyTorch has no type of error for this.
+CPU_IS_FULL = "DefaultCPUAllocator: can't allocate memory"
 
 
 def length_limit(tokenizer: Any, model_config: Any, max_length: int | None = None) -> int | None:
@@ -50,7 +52,7 @@ class TokenBatches:
 
         Args:
             lengths: of the texts, in tokens.
-            forward: the values of the texts with these indices; it may raise `torch.OutOfMemoryError`.
+            forward: the values of the texts with these indices; it may run out of memory.
         """
         import torch
 
@@ -69,7 +71,9 @@ class TokenBatches:
             batch = fitting[start : start + self._size(ordered, start)]
             try:
                 values = forward(batch)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
+                if not isinstance(error, torch.OutOfMemoryError) and CPU_IS_FULL not in str(error):
+                    raise
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 if len(batch) > 1:

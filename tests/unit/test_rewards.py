@@ -269,8 +269,9 @@ def test_little_of_a_batch_is_padding(lengths: list[int]) -> None:
             assert longer > 8192 or (longer > 1024 and longer - sum(batch) - after[0] > 0.03 * longer)
 
 
+@pytest.mark.parametrize("device", ["gpu", "cpu"])
 def test_memory_that_runs_out_makes_smaller_batches_which_grow_again(
-    model: ClassifierRewardModel, expected: list[float], monkeypatch: pytest.MonkeyPatch
+    device: str, model: ClassifierRewardModel, expected: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
 
@@ -279,7 +280,9 @@ def test_memory_that_runs_out_makes_smaller_batches_which_grow_again(
     def limited(encoded: list[dict[str, list[int]]]) -> list[float]:
         padded = max(len(e["input_ids"]) for e in encoded) * len(encoded)
         if padded > room[0]:
-            raise torch.OutOfMemoryError
+            if device == "gpu":
+                raise torch.OutOfMemoryError
+            torch.empty(1 << 50)
         sizes.append(padded)
         return forward(encoded)
 
@@ -299,6 +302,17 @@ def test_memory_that_runs_out_makes_smaller_batches_which_grow_again(
     assert values(model, ANSWERS * 3) == pytest.approx(expected * 3, abs=1e-5)
     assert max(sizes) >= roomy
     assert model._batches._tokens == model._batches._max_tokens
+
+
+def test_another_error_of_the_network_is_no_want_of_memory(
+    model: ClassifierRewardModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(encoded: list[dict[str, list[int]]]) -> list[float]:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(model, "_forward", broken)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        model.score([PROMPT], ANSWERS[:1])
 
 
 def test_a_reward_that_is_no_number_is_missing_for_its_row_alone(
