@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +68,38 @@ def test_a_training_goes_on_with_its_own_pairs_and_options_alone(
             train(rows)
     finally:
         ray.shutdown()
+
+
+def test_a_training_on_other_storage_with_less_usual_options(tiny_policy: Path, objective_pairs: Path, tmp_path: Path) -> None:
+    """The folders are given by URIs, as object storage is; checkpoints go there, and the policy and its curves come from there."""
+    from rc_ray.config import load_config
+    from rc_ray.ledger.storage import Folder
+    from rc_ray.pipeline.cluster import connected
+    from rc_ray.pipeline.progress import start_board
+    from rc_ray.training.dpo import train_dpo
+
+    steps, rate = 6, 1e-3
+    config = load_config({
+        "model": str(tiny_policy),
+        "output": "unused",
+        "prompts": {"path": "unused"},
+        "rewards": {"kind": RULE, "brief": RULE},
+        "training": {
+            "num_workers": 2, "global_batch_size": 4, "per_device_batch_size": 1, "max_steps": steps, "learning_rate": rate, "save_every_steps": 2,
+            "gradient_checkpointing": True, "loss_type": ["sigmoid_norm", "sft"],
+            "trl": {"loss_weights": [1.0, 0.5], "lr_scheduler_type": "cosine"},
+        },
+    })  # fmt: skip
+    output, work, cache = (Folder(f"file://{tmp_path}/{name}") for name in ("model", "work", "cache"))
+    assert not output.is_local
+    with connected(config.cluster):
+        facts = train_dpo(config, Folder.at(objective_pairs), output, work, 1.0, 0.0, start_board(), cache)
+    logs = [entry for entry in facts["log_history"] if "loss" in entry]
+    assert [entry["learning_rate"] for entry in logs] == pytest.approx(
+        [rate * (1 + math.cos(math.pi * step / steps)) / 2 for step in range(steps)]
+    )
+    assert logs[-1]["loss"] < logs[0]["loss"]
+    assert logs[0]["loss"] > math.log(2) + 0.1, "no term of supervised learning"
+    assert {"model.safetensors", "README.md", "tokenizer.json"} <= set(output.names())
+    assert (output / "runs").listing()
+    assert not work.exists()
