@@ -6,7 +6,7 @@ append to it. The order is by name, not as in the file, so that equal fingerprin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,34 @@ def model_names(config: Config) -> dict[str, tuple[str, str | None, bool]]:
         if member.adapter is not None:
             names[member.adapter] = (member.adapter, None, True)
     return names
+
+
+def with_commits(config: Config, commits: Mapping[str, str]) -> Config:
+    """The configuration with these commits of Hub models, by name, as the revisions that it does not give."""
+
+    def pinned(section: Any, fields: Mapping[str, str]) -> Any:
+        """The section with commits in the fields of revisions, given with those of the names."""
+        update = {
+            revision: commits[getattr(section, name)]
+            for revision, name in fields.items()
+            if getattr(section, revision) is None and getattr(section, name) in commits
+        }
+        return section.model_copy(update=update)
+
+    own = {"revision": "model"}
+    generation, training = config.generation, config.training
+    policies = {name: pinned(policy, own) for name, policy in generation.policies.items()}
+    rewards = {
+        name: pinned(reward, {"revision" if field == "model" else f"{field}_revision": field for field in reward.models()})
+        for name, reward in config.rewards.items()
+    }
+    update = {
+        "rewards": rewards,
+        "generation": generation.model_copy(update={"policies": policies}),
+        "training": training.model_copy(update={"reference": pinned(training.reference, own)}),
+    }
+    whole: Config = pinned(config, own)
+    return whole.model_copy(update=update)
 
 
 def lines(config: Config) -> list[str]:

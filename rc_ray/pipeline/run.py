@@ -204,7 +204,7 @@ def _run_pending(config: Config, run_dir: RunDir, todo: list[str], emit: stages.
     from rc_ray.pipeline.progress import live_progress
 
     stages.build_models(config, emit)
-    stages.pin_models(config, run_dir)
+    config = stages.pin_models(config, run_dir)
     with connected(config.cluster) as cluster:
         emit(f"ray       {cluster.description}: {cluster.num_nodes} node(s), {cluster.cpus:g} CPUs, {cluster.gpus:g} GPUs")
         resources = (cluster.cpus, cluster.gpus, cluster.num_nodes, cluster.gpus_per_node)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -36,7 +37,7 @@ from rc_ray.pipeline import prompts as sources
 from rc_ray.pipeline.graph import GroupRun, budget_end, resumable, run_groups
 from rc_ray.pipeline.pilot import side_by_side
 from rc_ray.pipeline.plan import Plan
-from rc_ray.pipeline.policies import members_of, model_names, policy_of
+from rc_ray.pipeline.policies import members_of, model_names, policy_of, with_commits
 from rc_ray.rewards.code import named_code, read_code
 from rc_ray.rewards.custom import load_class
 from rc_ray.rewards.figures import Scoring, remarks
@@ -182,22 +183,33 @@ def build_models(config: Config, emit: Emit) -> None:
             emit(f"models    {name}: unpacked to {embedded.target(name)} in {time.monotonic() - started:.0f}s")
 
 
-def pin_models(config: Config, run: RunDir) -> None:
+def pin_models(config: Config, run: RunDir) -> Config:
     """Records in the manifest what each model name stands for, and refuses to go on with others.
+
+    Returns:
+        The configuration with the commits of Hub models for which it names no revision: what the Hub has by now changes neither a run that goes on
+        nor what another machine loads.
 
     Raises:
         ResumeError: a model changed since the run began.
     """
-    found = {key: model_identity(*named) for key, named in model_names(config).items()}
+    named = model_names(config)
     for reward in config.rewards.values():
-        found |= {named[0]: model_identity(*named) for named in reward.models().values()}
-    recorded = run.manifest().get("models", {})
+        named |= {model[0]: model for model in reward.models().values()}
+    recorded, found, commits = run.manifest().get("models", {}), {}, {}
+    for key, (name, revision, is_adapter) in named.items():
+        began = recorded.get(key, "")
+        on_hub = revision is None and not Path(local_model(name)).is_dir()
+        found[key] = began if on_hub and began.startswith("hub:") else model_identity(name, revision, is_adapter)
+        if on_hub and found[key] != "hub:main":
+            commits[name] = found[key].removeprefix("hub:")
     changed = [f"{name}: {recorded[name]} -> {value}" for name, value in found.items() if recorded.get(name, value) != value]
     if changed:
         raise ResumeError(
             f"output = {run.root.uri!r}: the run began with other models ({'; '.join(changed)}); put them back or give another output"
         )
     run.update_manifest(models={**recorded, **found})
+    return with_commits(config, commits)
 
 
 def pin_engines(config: Config, run: RunDir, on_gpu: bool, emit: Emit) -> Config:

@@ -336,3 +336,35 @@ def test_a_run_goes_on_only_with_the_adapter_it_began_with(
     (tuned / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8}))
     with pytest.raises(ResumeError, match=f"the run began with other models \\({tuned}: sha:"):
         stages.pin_models(mixed, run)
+
+
+def test_models_of_the_hub_are_those_that_the_run_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(
+        BASE
+        | {
+            "model": "org/policy",
+            "output": str(tmp_path / "run"),
+            "rewards": {
+                "a": {"kind": "classifier", "model": "org/reward"},
+                "b": {"kind": "classifier", "model": "org/other", "revision": "v2"},
+                "c": {"kind": "implicit", "policy": "org/policy", "reference": "org/base"},
+            },
+            "generation": {"policies": {"own": {}, "large": {"model": "org/large"}}},
+            "training": {"reference": {"model": "org/base"}},
+        }
+    )
+    run = rundir.create(config, {})
+    for number in ("1", "2"):  # by the second time, all of them moved on
+        monkeypatch.setattr(stages, "model_identity", lambda name, revision, _, n=number: f"hub:{revision or name[4:] + n}")
+        pinned = stages.pin_models(config, run)
+        assert pinned.revision == "policy1"
+        assert {name: policy.revision for name, policy in pinned.generation.policies.items()} == {
+            "own": None,
+            "large": "large1",
+        }
+        assert pinned.training.reference.revision == "base1"
+        assert [pinned.rewards[name].revision for name in "ab"] == ["reward1", "v2"]
+        assert (pinned.rewards["c"].policy_revision, pinned.rewards["c"].reference_revision) == ("policy1", "base1")
+    assert run.manifest()["models"]["org/policy"] == "hub:policy1"
+    monkeypatch.setattr(stages, "model_identity", lambda name, revision, _: "hub:main")
+    assert stages.pin_models(config, rundir.create(config.model_copy(update={"output": str(tmp_path / "new")}), {})) == config
