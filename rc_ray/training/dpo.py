@@ -344,7 +344,12 @@ def _worker(loop_config: dict[str, Any]) -> None:
 
     class Progress(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            wrong = [name for name in ("loss", "grad_norm") if not math.isfinite((logs or {}).get(name, 0.0))]
+            # In float16 a gradient that is too large for it is left out, and the next ones are scaled less.
+            wrong = [
+                name
+                for name in ("loss", *(() if args.fp16 else ("grad_norm",)))
+                if not math.isfinite((logs or {}).get(name, 0.0))
+            ]
             if wrong:
                 raise ModelError(
                     f"{wrong[0]} of step {state.global_step} is {logs[wrong[0]]}, so the policy is lost; lower training.learning_rate, or train in "
