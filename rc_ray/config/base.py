@@ -11,6 +11,8 @@ NAME_PATTERN = re.compile(r"^[A-Za-z][A-Za-z0-9_]*$")
 # Objectives give names to pools and, as `score_<objective>`, to stages; these are others' names there.
 RESERVED_NAMES = frozenset({"generation", "before", "after"})
 
+# Parameters of a URL that are no setting.
+SECRET_PARAMETER = re.compile(r"(key|token|secret|password|signature)$|^(code|sig|auth|pwd)$", re.IGNORECASE)
 # vLLM's names for how many devices share one engine.
 PARALLEL_SIZES = ("tensor_parallel_size", "pipeline_parallel_size")
 # vLLM's names for how much an engine works on at the same time, and where: like the size of a pool, no part of what is asked for.

@@ -10,11 +10,9 @@ from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from rc_ray.config.base import PARALLEL_SIZES, PoolConfig, Section, deployment, engine_arguments
+from rc_ray.config.base import PARALLEL_SIZES, SECRET_PARAMETER, PoolConfig, Section, deployment, engine_arguments
 
 NamedModels = dict[str, tuple[str, str | None, bool]]
-# Parameters of a URL that are no setting.
-SECRET_PARAMETER = re.compile(r"key|token|secret|password|^code$|^sig", re.IGNORECASE)
 # vLLM's engine arguments that a classifier sets itself, and what there is to set instead.
 OWN_ARGUMENTS = {
     "model": "set `model`",

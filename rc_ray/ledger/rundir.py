@@ -84,12 +84,11 @@ class RunDir:
         return recorded.model_copy(update={"output": self.root.uri})
 
     def result_fields(self) -> dict[str, Any]:
-        """What decided its results, as recorded; an option that this version of the package has added since counts with its default."""
-        recorded = dict(self.manifest()["result_fields"])
+        """What decided its results, as this version of the package sees it: options that it has added count with their defaults."""
         try:
-            return _completed(recorded, result_fields(self.config()))
+            return result_fields(self.config())
         except (ConfigError, FileNotFoundError):  # an option was taken away, which will show; or a kill came before that file
-            return recorded
+            return dict(self.manifest()["result_fields"])
 
 
 def open_existing(uri: str) -> RunDir:
@@ -104,14 +103,6 @@ def open_existing(uri: str) -> RunDir:
             f"{root.uri!r} is not a run directory (no config.yaml and manifest.json); start one with `rc-ray run CONFIG`"
         )
     return RunDir(root)
-
-
-def _completed(recorded: dict[str, Any], today: dict[str, Any]) -> dict[str, Any]:
-    inner = {
-        key: _completed(value, today[key]) if isinstance(value, dict) and isinstance(today.get(key), dict) else value
-        for key, value in recorded.items()
-    }
-    return {**today, **inner}
 
 
 def check_owner(config: Config, data_hashes: dict[str, str]) -> bool:

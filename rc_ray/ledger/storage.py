@@ -16,12 +16,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from rc_ray.config.base import SECRET_PARAMETER
 from rc_ray.errors import DataError
 
 LOCK_NAME = "driver.json"
@@ -41,7 +42,7 @@ class Folder:
         """A folder from a path or URI; `file://` and relative paths become absolute local paths.
 
         Raises:
-            DataError: the URI holds a password, which manifests, logs and messages would repeat.
+            DataError: the URI holds a secret, which manifests, logs and messages would repeat.
         """
         text = str(uri)
         if text.startswith("file://"):
@@ -50,10 +51,11 @@ class Folder:
             return cls(os.path.abspath(os.path.expanduser(text)))
         base, mark, query = text.partition("?")
         parts = urlsplit(base)
-        if parts.password is not None:
+        secrets = [name for name, _ in parse_qsl(query, keep_blank_values=True) if SECRET_PARAMETER.search(name)]
+        if parts.password is not None or secrets:
             raise DataError(
-                f"the URI of {parts.hostname}{parts.path} on {parts.scheme} holds a password, which would be repeated in records and messages; give the "
-                "keys to the machines as that storage's environment variables or a role, and leave them out of the URI"
+                f"the URI of {parts.hostname}{parts.path} on {parts.scheme} holds a {secrets[0] if secrets else 'password'}, which would be repeated in "
+                "records and messages; give the keys to the machines as that storage's environment variables or a role, and leave them out of the URI"
             )
         return cls(f"{base.rstrip('/')}{mark}{query}")
 

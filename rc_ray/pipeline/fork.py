@@ -44,8 +44,7 @@ def fork(source: str, config: Config, hashes: dict[str, str], emit: Callable[[st
     run = rundir.create(config, hashes)
     run.update_manifest(forked_from={"run": old.root.uri, "fingerprint": manifest["fingerprint"]})
     if "models" in manifest:  # the run refuses to go on where a model is another one by now
-        rewards = [config.rewards[name] for name in kept]
-        names = {*model_names(config), *(model for reward in rewards for model, *_ in reward.models().values())}
+        names = model_names(config, kept)
         run.update_manifest(models={name: value for name, value in manifest["models"].items() if name in names})
     if "engines" in manifest:
         run.update_manifest(engines=manifest["engines"])

@@ -134,7 +134,7 @@ def pilot(
             "generation": resolved.generation.model_copy(
                 update={"num_candidates": most, "max_candidates": None, "target_gap": None}
             ),
-            "training": resolved.training.model_copy(update={"enabled": False}),
+            "training": type(resolved.training)(enabled=False),
             "evaluation": type(resolved.evaluation)(),
             "budget": BudgetConfig(),
             "cluster": resolved.cluster.model_copy(

@@ -6,13 +6,14 @@ append to it. The order is by name, not as in the file, so that equal fingerprin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from rc_ray.config import Config, GenerationConfig
 from rc_ray.core.shares import candidate_ranges, share_offset
 
+NamedModel = tuple[str, str | None, bool]
 ONLY = "policy"
 """Name of a policy that has none of its own."""
 
@@ -62,20 +63,21 @@ def engines_of(members: tuple[Member, ...]) -> list[tuple[Member, ...]]:
     return list(engines.values())
 
 
-def model_names(config: Config) -> dict[str, tuple[str, str | None, bool]]:
-    """Everything that sampling and training load, by its key in the manifest: name, revision, whether it is an adapter."""
-    names: dict[str, tuple[str, str | None, bool]] = {config.model: (config.model, config.revision, False)}
+def model_names(config: Config, rewards: Iterable[str] | None = None) -> dict[str, NamedModel]:
+    """Everything that a configuration loads, by its key in the manifest: name, revision, whether it is an adapter.
+
+    Args:
+        rewards: the objectives that count; None: all.
+    """
     members, reference = members_of(config), config.training.reference
-    named = [(member.model, member.revision) for member in members]
+    named: list[NamedModel] = [(config.model, config.revision, False)]
+    named += [(member.model, member.revision, False) for member in members]
+    named += [(member.adapter, None, True) for member in members if member.adapter is not None]
     if config.training.enabled and reference.model is not None:
-        named.append((reference.model, reference.revision))
-    for model, revision in named:
-        own = names.get(model, (model, revision, False)) == (model, revision, False)
-        names[model if own else f"{model}@{revision or 'main'}"] = (model, revision, False)
-    for member in members:
-        if member.adapter is not None:
-            names[member.adapter] = (member.adapter, None, True)
-    return names
+        named.append((reference.model, reference.revision, False))
+    for name in config.rewards if rewards is None else rewards:
+        named += config.rewards[name].models().values()
+    return {model[0] if model[1] is None else f"{model[0]}@{model[1]}": model for model in named}
 
 
 def with_commits(config: Config, commits: Mapping[str, str]) -> Config:

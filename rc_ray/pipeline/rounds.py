@@ -83,7 +83,8 @@ def round_config(config: Config, number: int, model: str | None) -> Config:
     if model is not None:
         changes |= {"model": model, "revision": None}
         if config.rounds.reference == "initial":
-            reference = config.training.reference.model_copy(update={"model": config.model, "revision": config.revision})
+            own = {"model": config.model, "revision": config.revision, "trust_remote_code": config.trust_remote_code}
+            reference = config.training.reference.model_copy(update=own)
             changes["training"] = config.training.model_copy(update={"reference": reference})
     return config.model_copy(update=changes)
 

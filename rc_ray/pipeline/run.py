@@ -209,7 +209,7 @@ def _run_pending(config: Config, run_dir: RunDir, todo: list[str], emit: stages.
         emit(f"ray       {cluster.description}: {cluster.num_nodes} node(s), {cluster.cpus:g} CPUs, {cluster.gpus:g} GPUs")
         resources = (cluster.cpus, cluster.gpus, cluster.num_nodes, cluster.gpus_per_node)
         plan = make_plan(config, *resources)
-        if "sample" in todo:
+        if {"sample", "evaluate"} & set(todo):
             config = stages.pin_engines(config, run_dir, plan.generation.num_gpus > 0, emit)
             plan = make_plan(config, *resources)
         for line in plan.lines():

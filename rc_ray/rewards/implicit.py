@@ -40,7 +40,8 @@ class ImplicitRewardModel:
 
     def figures(self) -> dict[str, int]:
         """See `CountingReward.figures`; of both models together."""
-        return {name: sum(model.batches.counts[name] for model in self._models.values()) for name in FIGURES}
+        found = {name: [model.batches.counts[name] for model in self._models.values()] for name in FIGURES}
+        return {name: max(counts) if name == "num_too_long" else sum(counts) for name, counts in found.items()}
 
     def _difference(self, policy: Score, reference: Score) -> Score:
         for side, score in (("policy", policy), ("reference", reference)):

@@ -133,7 +133,7 @@ def _check_trl(given: dict[str, Any]) -> None:
 def _check_loss(losses: list[str], given: dict[str, Any]) -> None:
     """What TRL would leave without effect, or refuse when its trainer is made, after everything else was done."""
     for name, takers in TAKERS.items():
-        if name in given and not set(losses) & set(takers):
+        if given.get(name) and not set(losses) & set(takers):
             more = "; robust (arXiv 2403.00409) is DPO for labels that are wrong so often" if name == "label_smoothing" else ""
             raise ConfigError(
                 f"training.trl.{name} = {given[name]!r}: has no effect on training.loss_type = {losses}; choose one of {', '.join(takers)}, or leave it "

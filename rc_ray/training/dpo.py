@@ -5,8 +5,8 @@
 The reference is the policy that training starts from unless `training.reference.model` is another; its log-probs are columns, computed beforehand (`reference.py`), so that no reference model is in the
 training process. Every worker reads the tokens itself and Hugging Face's sampler shards them by rank and seed.
 
-Invariant: no pair is cut; what is wrong with pairs is found before any step (`pairs.py`). The last batch of an epoch is filled up with pairs from its
-beginning, and how many is said. A finished training trains no step when it is run again; a broken one goes on from its last checkpoint.
+Invariant: no pair is cut; what is wrong with pairs is found before any step (`pairs.py`). With several workers the last batch of an epoch is filled up with pairs
+from its beginning, and how many is said. A finished training trains no step when it is run again; a broken one goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def train_dpo(
     Raises:
         DataError: see `preflight`.
         ResumeError: `work` holds checkpoints of another training.
-        ClusterError: training failed more often than max_failures.
+        ModelError: a loss or gradient is no number. ClusterError: training failed more often than max_failures.
     """
     training = config.training
     check_training(training, train_gpus > 0)
@@ -291,6 +291,10 @@ def _train_one(
         training.min_workers,
     )
     outcome = (work / EXPERIMENT).read_json(OUTCOME)
+    if "diverged" in outcome:
+        raise ModelError(
+            f"training diverged: {outcome['diverged']}; lower training.learning_rate, or train in float32, and begin anew: remove {work.uri!r}, or fork the run"
+        )
     found = {**asdict(facts), **outcome, "logp_changes": logp_changes(outcome["log_history"], training.beta)}
     found["reference"] = model_identity(reading.reference, reading.reference_revision)
     found["data_fingerprint"] = hashlib.blake2b("".join(names).encode(), digest_size=16).hexdigest()
@@ -350,11 +354,9 @@ def _worker(loop_config: dict[str, Any]) -> None:
                 for name in ("loss", *(() if args.fp16 else ("grad_norm",)))
                 if not math.isfinite((logs or {}).get(name, 0.0))
             ]
-            if wrong:
-                raise ModelError(
-                    f"{wrong[0]} of step {state.global_step} is {logs[wrong[0]]}, so the policy is lost; lower training.learning_rate, or train in "
-                    "float32"
-                )
+            if wrong:  # as on every rank; no error, after which Ray would begin again from the last checkpoint
+                self.diverged = f"{wrong[0]} of step {state.global_step} is {logs[wrong[0]]}"
+                control.should_training_stop, control.should_save = True, False
             if place.rank == 0 and logs and "loss" in logs:
                 # TRL counts tokens from the beginning (or the resumed step) on.
                 tokens = int(logs.get("num_tokens", 0))
@@ -366,6 +368,7 @@ def _worker(loop_config: dict[str, Any]) -> None:
             keep_curves()
 
         _tokens = 0
+        diverged = ""
 
     # A folder that all nodes reach is written at once, so that it can be watched; another one at every checkpoint.
     curves = Path(task.curves.filesystem()[1]) if task.curves.is_local else place.shared / RUNS
@@ -396,7 +399,7 @@ def _worker(loop_config: dict[str, Any]) -> None:
         if not is_sharded(training):
             hide_group_of_one(place)
         # Before the policy is loaded: DeepSpeed's ZeRO 3 shards it as it is read.
-        arguments = dpo_config(task, place)
+        arguments, progress = dpo_config(task, place), Progress()
         trainer = ReferenceDPOTrainer(
             training,
             task.objectives,
@@ -405,12 +408,17 @@ def _worker(loop_config: dict[str, Any]) -> None:
             args=arguments,
             train_dataset=Dataset(rows),
             processing_class=AutoTokenizer.from_pretrained(path, **options),
-            callbacks=[checkpoint_callback(place), Progress()],
+            callbacks=[checkpoint_callback(place), progress],
         )
         trainer.remove_callback(PrinterCallback)
         board.ready.remote(task.stage)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         history, peak_mib = trainer.state.log_history, _peak_mib()
+        if progress.diverged:
+            if place.rank == 0:
+                (task.work / EXPERIMENT).write_json(OUTCOME, {"diverged": progress.diverged})
+            leave(place)
+            return
         write_policy(trainer, final)
         del trainer
         if "wandb" in training.report_to:

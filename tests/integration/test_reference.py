@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rc_ray.config import Config, load_config
-from rc_ray.errors import ClusterError, DataError, ModelError
+from rc_ray.errors import DataError, ModelError
 from rc_ray.ledger.storage import Folder
 from rc_ray.pipeline.cluster import connected
 from rc_ray.training.dpo import train_dpo
@@ -138,31 +139,39 @@ def test_given_columns_are_taken_when_they_are_of_this_model_only(tiny_policy: P
 
 
 def test_a_reference_that_reads_other_tokens_is_refused(tiny_policy: Path, pairs: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
     other = make_llama(tmp_path / "other", seed=9)
     text = (other / "tokenizer.json").read_text()
-    vocabulary = json.loads(text)["model"]["vocab"]
-    (first, one), (second, two) = list(vocabulary.items())[-2:]
     swapped = json.loads(text)
-    swapped["model"]["vocab"] |= {first: two, second: one}
+    vocabulary = swapped["model"]["vocab"]
+    first, second = AutoTokenizer.from_pretrained(other).tokenize("hello you")[:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (other / "tokenizer.json").write_text(json.dumps(swapped))
     config = config_of(tiny_policy, tmp_path, reference={"model": str(other)})
-    with pytest.raises(ModelError, match=r"training\.reference\.model = .*reads 2 of the policy's \d+ tokens otherwise"):
+    with pytest.raises(
+        ModelError, match=r"training\.reference\.model = .*has other tokens than the policy's for 2 that the pairs hold"
+    ):
         computed(config, pairs, tmp_path / "cache")
 
 
 def test_a_training_that_diverges_ends_and_says_at_which_step(tiny_policy: Path, pairs: Path, tmp_path: Path) -> None:
     from rc_ray.pipeline.progress import start_board
 
-    config = config_of(tiny_policy, tmp_path, learning_rate=1e30, max_failures=0)
+    config = config_of(tiny_policy, tmp_path, learning_rate=1e30, save_every_steps=1)
     with (
         connected(config.cluster),
-        pytest.raises(ClusterError, match=r"(loss|grad_norm) of step \d is nan, so the policy is lost"),
+        pytest.raises(
+            ModelError, match=r"training diverged: (loss|grad_norm) of step (\d) is nan; lower .*begin anew"
+        ) as ended,
     ):
         train_dpo(
             config, Folder.at(pairs), Folder.at(tmp_path / "model"), Folder.at(tmp_path / "work"), 1.0, 0.0, start_board(),
             Folder.at(tmp_path / "cache"),
         )  # fmt: skip
     assert not (tmp_path / "model").exists()
+    step = int(re.findall(r"of step (\d)", str(ended.value))[0])
+    assert {path.name for path in (tmp_path / "work").rglob("step-*")} == {f"step-{step - 1:06d}"}, "the last one before"
 
 
 def test_a_look_from_the_command_line_finds_what_is_wrong_and_trains_nothing(

@@ -250,6 +250,7 @@ def test_an_option_added_since_the_run_began_counts_with_its_default(tmp_path: P
     older = copy.deepcopy(recorded)
     for fields in (older, plain):
         del fields["generation"]["target_gap"], fields["rewards"]["helpful"]["label"]
+    older["generation"]["engine"] = {"max_num_seqs": 4}  # counted then
     run.root.write_bytes("config.yaml", yaml.safe_dump(plain).encode())
     run.update_manifest(result_fields=older, fingerprint="of an older version")
     assert run.result_fields() == recorded
@@ -348,6 +349,9 @@ def test_a_password_in_a_uri_is_refused_and_not_repeated() -> None:
         Folder.at("s3://AKIA:hunter2@bucket/run?region=eu")
     assert "hunter2" not in str(refused.value)
     assert "AKIA" not in str(refused.value)
+    with pytest.raises(DataError, match="holds a client_secret") as refused:
+        Folder.at("abfss://container@account.host/run?client_secret=hunter2")
+    assert "hunter2" not in str(refused.value)
     assert Folder.at("abfss://container@account.host/run").uri == "abfss://container@account.host/run"
 
 

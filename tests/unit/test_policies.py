@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from concurrent.futures import Future
 from pathlib import Path
@@ -148,11 +149,12 @@ def test_the_manifest_tells_revisions_of_one_model_apart() -> None:
         "generation.policies={a: {}, b: {model: org/student}, c: {model: org/teacher}, d: {model: org/teacher, revision: v3}}"
     )
     assert policies.model_names(config("revision=v2", named, "generation.policies.a.adapter=org/lora")) == {
-        "org/student": ("org/student", "v2", False),
+        "org/student@v2": ("org/student", "v2", False),
         "org/lora": ("org/lora", None, True),
-        "org/student@main": ("org/student", None, False),
+        "org/student": ("org/student", None, False),
         "org/teacher": ("org/teacher", None, False),
         "org/teacher@v3": ("org/teacher", "v3", False),
+        "org/helpful": ("org/helpful", None, False),
     }
 
 
@@ -368,3 +370,16 @@ def test_models_of_the_hub_are_those_that_the_run_began_with(tmp_path: Path, mon
     assert run.manifest()["models"]["org/policy"] == "hub:policy1"
     monkeypatch.setattr(stages, "model_identity", lambda name, revision, _: "hub:main")
     assert stages.pin_models(config, rundir.create(config.model_copy(update={"output": str(tmp_path / "new")}), {})) == config
+
+
+def test_an_adapter_of_the_hub_that_has_moved_on_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"generation": {"policies": {"own": {}, "tuned": {"adapter": "org/lora"}}}, "output": str(tmp_path / "run")}
+    config = load_config(BASE | {"model": "org/policy"} | options)
+    run = rundir.create(config, {})
+    for number, outcome in (
+        ("1", contextlib.nullcontext()),
+        ("2", pytest.raises(ResumeError, match="org/lora: hub:lora1 -> hub:lora2")),
+    ):
+        monkeypatch.setattr(stages, "model_identity", lambda name, revision, _, n=number: f"hub:{revision or name[4:] + n}")
+        with outcome:
+            assert stages.pin_models(config, run).revision == "policy1"

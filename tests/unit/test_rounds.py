@@ -32,10 +32,10 @@ def test_each_round_is_a_run_from_the_policy_before() -> None:
 
 
 def test_the_first_policy_may_stay_the_reference() -> None:
-    config = config_with({"number": 2, "reference": "initial"}, revision="abc")
+    config = config_with({"number": 2, "reference": "initial"}, revision="abc", trust_remote_code=True)
     assert round_config(config, 1, None).training.reference.model is None
     reference = round_config(config, 2, "o/round-1/model").training.reference
-    assert (reference.model, reference.revision) == (config.model, "abc")
+    assert (reference.model, reference.revision, reference.trust_remote_code) == (config.model, "abc", True)
 
 
 @pytest.mark.parametrize(("drop", "why"), [(None, None), (0.2, None), (0.1, r"the held-out reward of b fell by 0\.15")])

@@ -162,11 +162,13 @@ def test_what_stays_wrong_makes_all_scores_of_the_request_missing(
     assert len(service.requests) == requests
 
 
-@pytest.mark.parametrize("name", ["api_key", "code", "access_token", "sig"])
+@pytest.mark.parametrize("name", ["api_key", "code", "access_token", "sig", "auth", "subscription-key"])
 def test_a_key_in_the_address_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"url holds '{name}', which looks like a key.*token_env") as refused:
         HttpReward(kind="http", url=f"https://host/score?{name}={SECRET}")
     assert SECRET not in str(refused.value).partition("[type=")[0]
+    for setting in ("api-version", "max_tokens", "tokenizer", "keyword", "encoding", "sigmoid"):
+        HttpReward(kind="http", url=f"https://host/score?{setting}=1")
 
 
 @pytest.mark.parametrize("status_and_body", [(500, b""), (200, b"[]"), (200, b'{"scores": [1, 2]}')])
