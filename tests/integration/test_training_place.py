@@ -48,7 +48,7 @@ def test_a_training_goes_on_with_its_own_pairs_and_options_alone(
     rows = pq.read_table(objective_pairs).to_pylist()
     try:
         # The first one reaches no checkpoint, so one with other options takes its place.
-        for reached, overrides in ((None, ["training.beta=0.5"]), ("dpo/step-000001", []), ("dpo/step-000001", [])):
+        for reached, overrides in ((None, ["training.beta=0.5"]), ("dpo/step-000001", [])):
             with monkeypatch.context() as patched:
                 patched.setattr(dpo, "fit", broken_at(reached))
                 with pytest.raises(ClusterError, match="broken off"):
