@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from typing import Any
+from urllib.parse import parse_qsl
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -39,6 +40,11 @@ class Section(BaseModel):
 def deployment(default: Any = ..., **kwargs: Any) -> Any:
     """A field that says where and how fast a run goes, not what comes out: left out of the run's fingerprint."""
     return Field(default, json_schema_extra={"affects_results": False}, **kwargs)
+
+
+def secret_parameter(query: str) -> str | None:
+    """The first parameter in the query of a URL that looks like a key, or None."""
+    return next((name for name, _ in parse_qsl(query, keep_blank_values=True) if SECRET_PARAMETER.search(name)), None)
 
 
 def engine_arguments() -> Any:

@@ -6,13 +6,14 @@ import math
 import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from rc_ray.config.base import PARALLEL_SIZES, SECRET_PARAMETER, PoolConfig, Section, deployment, engine_arguments
+from rc_ray.config.base import PARALLEL_SIZES, PoolConfig, Section, deployment, engine_arguments, secret_parameter
 
-NamedModels = dict[str, tuple[str, str | None, bool]]
+NamedModel = tuple[str, str | None, bool]
+NamedModels = dict[str, NamedModel]
 # vLLM's engine arguments that a classifier sets itself, and what there is to set instead.
 OWN_ARGUMENTS = {
     "model": "set `model`",
@@ -272,12 +273,11 @@ class ServiceReward(Section):
             raise ValueError(
                 "url holds a user name or password; put the token into an environment variable and name that in token_env"
             )
-        for name, _ in parse_qsl(parts.query, keep_blank_values=True):
-            if SECRET_PARAMETER.search(name):
-                raise ValueError(
-                    f"url holds {name!r}, which looks like a key and would be kept with the run; put it into an environment variable and name that "
-                    "in token_env"
-                )
+        if (secret := secret_parameter(parts.query)) is not None:
+            raise ValueError(
+                f"url holds {secret!r}, which looks like a key and would be kept with the run; put it into an environment variable and name that in "
+                "token_env"
+            )
         if self.token_env is not None and parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
             raise ValueError("url begins with http://, so the token of token_env could be read on its way; use https://")
         return self

@@ -16,13 +16,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from rc_ray.config.base import SECRET_PARAMETER
+from rc_ray.config.base import secret_parameter
 from rc_ray.errors import DataError
 
 LOCK_NAME = "driver.json"
@@ -51,10 +51,10 @@ class Folder:
             return cls(os.path.abspath(os.path.expanduser(text)))
         base, mark, query = text.partition("?")
         parts = urlsplit(base)
-        secrets = [name for name, _ in parse_qsl(query, keep_blank_values=True) if SECRET_PARAMETER.search(name)]
-        if parts.password is not None or secrets:
+        secret = "password" if parts.password is not None else secret_parameter(query)
+        if secret is not None:
             raise DataError(
-                f"the URI of {parts.hostname}{parts.path} on {parts.scheme} holds a {secrets[0] if secrets else 'password'}, which would be repeated in "
+                f"the URI of {parts.hostname}{parts.path} on {parts.scheme} holds a {secret}, which would be repeated in "
                 "records and messages; give the keys to the machines as that storage's environment variables or a role, and leave them out of the URI"
             )
         return cls(f"{base.rstrip('/')}{mark}{query}")

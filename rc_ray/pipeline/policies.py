@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rc_ray.config import Config, GenerationConfig
+from rc_ray.config.rewards import NamedModel
 from rc_ray.core.shares import candidate_ranges, share_offset
 
-NamedModel = tuple[str, str | None, bool]
 ONLY = "policy"
 """Name of a policy that has none of its own."""
 

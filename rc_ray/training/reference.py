@@ -137,7 +137,9 @@ class ReadPairs:
             tuple(pairs[row["row"] - part.first].get(name) if self._task.brought else None for name in REFERENCE)
             for row in rows
         ]
-        self._check_given(given, rows)
+        is_given = any(pair != (None, None) for pair in given)
+        if is_given:
+            self._check_given(given, rows)
         if self._task.results is None:
             whole = json.dumps([part.first, pairs], default=str)
             counts.digest = int.from_bytes(hashlib.blake2b(whole.encode(), digest_size=16).digest(), "big")
@@ -146,7 +148,7 @@ class ReadPairs:
         name = f"{hashlib.blake2b(content.encode(), digest_size=16).hexdigest()}.parquet"
         if not self._task.results.exists(name):
             before = Counter(self._model.batches.counts if self._model else {})
-            scores = self._logps(rows) if all(pair == (None, None) for pair in given) else self._given(given, rows)
+            scores = self._given(given, rows) if is_given else self._logps(rows)
             for row, pair in zip(rows, scores, strict=True):
                 row |= dict(zip(REFERENCE, pair, strict=True))
             self._task.results.write_table(name, pa.Table.from_pylist(rows, schema=TOKENS))
@@ -201,8 +203,6 @@ class ReadPairs:
         return model
 
     def _check_given(self, given: list[tuple[Any, ...]], rows: list[dict[str, Any]]) -> None:
-        if all(pair == (None, None) for pair in given):
-            return
         for row, pair in zip(rows, given, strict=True):
             if any(Score.checked(value).value is None for value in pair):
                 raise DataError(

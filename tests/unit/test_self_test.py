@@ -162,31 +162,30 @@ def test_the_answer_of_a_pair_of_texts_has_no_beginning_of_its_own() -> None:
     assert encode(tokenizer, PROMPT, "fine", length - 1, "prompt_start")["input_ids"] == [start, *question[1:], *answer]
 
 
-def test_a_reward_that_depends_on_the_order_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def by_position(values: list[float], lengths: list[int]) -> list[float]:
+    return [value + i for i, value in enumerate(values)]
+
+
+def padded_is_no_number(values: list[float], lengths: list[int]) -> list[float]:
+    return [value if length == max(lengths) else float("nan") for value, length in zip(values, lengths, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (by_position, r"by itself and .* in a padded batch"),
+        (padded_is_no_number, r"the reward [-\d.]+ by itself and no reward \(score is nan\) in a padded batch"),
+    ],
+)
+def test_a_reward_that_depends_on_its_company_is_caught(
+    change: Callable[[list[float], list[int]], list[float]], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = load(make_llama(tmp_path, seed=5, labels=1))
     forward = model._forward
-
-    def by_position(encoded: list[dict[str, list[int]]]) -> list[float]:
-        return [value + i for i, value in enumerate(forward(encoded))]
-
-    monkeypatch.setattr(model, "_forward", by_position)
-    with pytest.raises(ModelError, match=r"by itself and .* in a padded batch"):
-        self_test(model, "m")
-
-
-def test_a_reward_that_padding_takes_away_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load(make_llama(tmp_path, seed=5, labels=1))
-    forward = model._forward
-
-    def padded_is_no_number(encoded: list[dict[str, list[int]]]) -> list[float]:
-        longest = max(len(each["input_ids"]) for each in encoded)
-        return [
-            value if len(each["input_ids"]) == longest else float("nan")
-            for value, each in zip(forward(encoded), encoded, strict=True)
-        ]
-
-    monkeypatch.setattr(model, "_forward", padded_is_no_number)
-    with pytest.raises(ModelError, match=r"the reward [-\d.]+ by itself and no reward \(score is nan\) in a padded batch"):
+    monkeypatch.setattr(
+        model, "_forward", lambda encoded: change(forward(encoded), [len(each["input_ids"]) for each in encoded])
+    )
+    with pytest.raises(ModelError, match=words):
         self_test(model, "m")
 
 
