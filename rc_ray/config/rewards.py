@@ -160,6 +160,9 @@ class ImplicitReward(Section):
     reference_trust_remote_code: bool = False
     """Run Python code from the reference's repository. Off unless you trust this one model."""
 
+    self_test: bool = deployment(True)
+    """As a classifier's, of both models."""
+
     pool: PoolConfig = deployment(PoolConfig())
     """This objective's actor pool."""
 

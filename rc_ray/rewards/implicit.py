@@ -12,6 +12,7 @@ from rc_ray.config import ImplicitReward
 from rc_ray.core.ids import Message
 from rc_ray.rewards.base import FIGURES, Score, reward_dtype
 from rc_ray.rewards.language_model import LanguageModel
+from rc_ray.rewards.self_test import self_test_implicit
 
 
 class ImplicitRewardModel:
@@ -32,6 +33,10 @@ class ImplicitRewardModel:
             side: LanguageModel(*model, dtype, on_gpu, config.max_batch_tokens, config.max_length)
             for side, model in named.items()
         }
+        if config.self_test:
+            self_test_implicit(self._models, dtype, config.policy)
+            for each in self._models.values():
+                each.batches.counts.clear()
 
     def score(self, prompts: list[list[Message]], answers: list[str]) -> list[Score]:
         """See `Reward.score`."""

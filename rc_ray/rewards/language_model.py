@@ -32,19 +32,19 @@ class LanguageModel:
         self._device = "cuda" if on_gpu else "cpu"
         path = local_model(name)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        self._tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        if not self._tokenizer.chat_template:
+        self.tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        if not self.tokenizer.chat_template:
             raise ModelError(
                 f"model {name!r} has no chat template, so there is no telling how it reads an answer; save one with its tokenizer"
             )
         self._model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), use_safetensors=True, **options)
         self._model.to(self._device).eval()
-        limit = length_limit(self._tokenizer, self._model.config, max_length)
+        limit = length_limit(self.tokenizer, self._model.config, max_length)
         self.batches = TokenBatches(max_batch_tokens, limit, on_gpu)
 
     def vocabulary(self) -> dict[str, int]:
         """Ids of the tokens that it reads."""
-        return dict(self._tokenizer.get_vocab())
+        return dict(self.tokenizer.get_vocab())
 
     def logprobs(self, prompts: list[list[Message]], answers: list[str]) -> list[Score]:
         """log p(answer | prompt) of each, in nats."""
@@ -67,7 +67,7 @@ class LanguageModel:
         )
 
     def _ids(self, messages: list[Message], add_generation_prompt: bool) -> list[int]:
-        found = self._tokenizer.apply_chat_template(
+        found = self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
         )
         return list(found)

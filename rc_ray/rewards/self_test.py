@@ -1,14 +1,17 @@
-"""What a classifier must pass before its rewards are used: each is a defect that reward models have had, and that nobody notices.
+"""What a reward model must pass before its rewards are used: each is a defect that reward models have had, and that nobody notices.
 
 * It begins a text with one beginning-of-sequence token, where its tokenizer has one. (Templates may begin every turn with it.)
 * The text it reads ends where the answer ends: not before, and with no header of another turn after.
-* Its padding token ends no text; a model that takes the last token that is no padding would read the one before. In a text it may occur where the
+* The padding token of a classifier ends no text; a model that takes the last token that is no padding would read the one before. In a text it may occur where the
   network is one of transformers, which looks from the right; others may look from the left.
 * An answer has the same reward by itself, in a padded batch, and in another order.
+
+Of implicit rewards both models are asked, for the log-probs of answers; no padding is looked at by them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rc_ray.core.ids import Message
@@ -18,6 +21,7 @@ from rc_ray.rewards.encoding import encode
 if TYPE_CHECKING:
     from rc_ray.rewards.base import Score
     from rc_ray.rewards.classifier import Classifier
+    from rc_ray.rewards.language_model import LanguageModel
 
 PROMPT: list[Message] = [{"role": "user", "content": "How much is two and two?"}]
 ANSWERS = [
@@ -36,9 +40,23 @@ def self_test(model: Classifier, name: str) -> None:
     Raises:
         ModelError: which one failed, and how.
     """
-    wrong = wrong_texts(model.tokenizer) or _padding_is_no_text(model) or _same_in_any_company(model)
+    wrong = (
+        wrong_texts(model.tokenizer) or _padding_is_no_text(model) or _same_in_any_company(model.score, model.dtype, "reward")
+    )
     if wrong:
         raise ModelError(f"reward model {name!r} failed its self-test: {wrong}{TURN_OFF}")
+
+
+def self_test_implicit(models: dict[str, LanguageModel], dtype: str, name: str) -> None:
+    """Runs the checks on the models of an implicit reward, under their names in the configuration.
+
+    Raises:
+        ModelError: which one failed, and how.
+    """
+    for side, model in models.items():
+        wrong = wrong_texts(model.tokenizer) or _same_in_any_company(model.logprobs, dtype, "log-prob")
+        if wrong:
+            raise ModelError(f"the implicit reward of {name!r} failed its self-test: {side}: {wrong}{TURN_OFF}")
 
 
 def wrong_texts(tokenizer: Any) -> str | None:
@@ -88,17 +106,16 @@ def _padding_is_no_text(model: Classifier) -> str | None:
     return f"its padding token {token!r} also occurs in its texts, so the position it reads is not their end; give it another pad_token"
 
 
-def _same_in_any_company(model: Classifier) -> str | None:
+def _same_in_any_company(score: Callable[[list[list[Message]], list[str]], list[Score]], dtype: str, what: str) -> str | None:
     def ask(answers: list[str]) -> list[Score]:
-        return model.score([PROMPT] * len(answers), answers)
+        return score([PROMPT] * len(answers), answers)
 
     alone = [ask([answer])[0] for answer in ANSWERS]
-    dtype = model.dtype
     for company, values in (("in a padded batch", ask(ANSWERS)), ("in another order", ask(ANSWERS[::-1])[::-1])):
         for one, other in zip(alone, values, strict=True):
             # A text that is longer than the model's limit has none either way.
             found = [
-                f"the reward {each.value:.6g}" if each.value is not None else f"no reward ({each.missing})"
+                f"the {what} {each.value:.6g}" if each.value is not None else f"no {what} ({each.missing})"
                 for each in (one, other)
             ]
             if one.value is None or other.value is None:

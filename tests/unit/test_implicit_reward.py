@@ -11,6 +11,7 @@ from rc_ray.config import ImplicitReward, load_config
 from rc_ray.errors import ModelError
 from rc_ray.pipeline.stages import check_rewards
 from rc_ray.rewards.base import build_reward
+from rc_ray.rewards.language_model import LanguageModel
 from tests.conftest import make_llama
 from tests.unit.test_config import GOOD
 
@@ -97,3 +98,30 @@ def test_both_models_are_checked_by_their_fields(folders: dict[str, Path]) -> No
     config = load_config({**GOOD, "rewards": {**rewards, "length": GOOD["rewards"]["length"]}})
     with pytest.raises(ModelError, match=r"rewards\.aligned\.reference = '/no/such/folder'"):
         check_rewards(config)
+
+
+def test_both_models_pass_the_self_test_or_end_the_run(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoTokenizer
+
+    begun_twice = make_llama(tmp_path, seed=2)
+    tokenizer = AutoTokenizer.from_pretrained(begun_twice)
+    tokenizer.chat_template = "{{ bos_token }}{{ bos_token }}" + tokenizer.chat_template
+    tokenizer.save_pretrained(begun_twice)
+    for side in ("policy", "reference"):
+        models = {**folders, side: begun_twice}
+        with pytest.raises(ModelError, match=rf"failed its self-test: {side}: its texts begin with 2 tokens '<s>'"):
+            reward(models)
+        assert reward(models, self_test=False).score([PROMPTS[0]], ["fine"])[0].value is not None
+
+    forward = LanguageModel._forward
+    monkeypatch.setattr(LanguageModel, "_forward", lambda self, *batch: [v + i for i, v in enumerate(forward(self, *batch))])
+    with pytest.raises(
+        ModelError, match=r"self-test: policy: an answer has the log-prob .* by itself and .* in a padded batch"
+    ):
+        reward(folders)
+
+
+def test_the_self_test_is_not_counted(folders: dict[str, Path]) -> None:
+    assert set(reward(folders).figures().values()) == {0}
