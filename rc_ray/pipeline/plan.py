@@ -113,6 +113,7 @@ def make_plan(
     Raises:
         ClusterError: the pools cannot fit even in phased mode.
     """
+    nodes = [gpus] if gpus_per_node is None else gpus_per_node
     engine_gpus = float(config.generation.devices_per_engine) if gpus else 0.0
     if engine_gpus > gpus and config.generation.pool.num_gpus is None:
         raise ClusterError(
@@ -137,7 +138,7 @@ def make_plan(
     refused = ""
     for way, phases in ways.items():
         try:
-            pools, task_cpus = _fit(config, phases, pools, cpus, gpus)
+            pools, task_cpus = _fit(config, phases, pools, cpus, nodes)
             break
         except ClusterError as error:
             refused = refused or str(error)
@@ -164,7 +165,7 @@ def make_plan(
         )
     first = pools[next(iter(engines))]  # the others are as large
     num_engines = len(engines) * first.largest
-    across_nodes, placed = _placement(config, first, len(engines), [gpus] if gpus_per_node is None else gpus_per_node)
+    across_nodes, placed = _placement(config, first, len(engines), nodes)
     engines_per_host = max(1, math.ceil(num_engines / max(1, num_nodes)))
     return Plan(
         engines={name: pools[name] for name in engines},
@@ -240,7 +241,7 @@ def _reward_settings(config: Config, pools: dict[str, Pool]) -> list[str]:
 
 
 def _fit(
-    config: Config, phases: list[list[str]], pools: dict[str, Pool], cpus: float, gpus: float
+    config: Config, phases: list[list[str]], pools: dict[str, Pool], cpus: float, gpus_per_node: Sequence[float]
 ) -> tuple[dict[str, Pool], float]:
     """Pools with CPU tickets cut to what the cluster has, and the tickets of a small task.
 
@@ -249,7 +250,7 @@ def _fit(
     Raises:
         ClusterError: the pools of a phase cannot run at the same time.
     """
-    pools, task_cpus = dict(pools), config.cluster.task_cpus
+    pools, task_cpus, gpus = dict(pools), config.cluster.task_cpus, sum(gpus_per_node)
     task_is_fixed = "task_cpus" in config.cluster.model_fields_set
     for phase in phases:
         names = " + ".join(phase)
@@ -258,6 +259,12 @@ def _fit(
             raise ClusterError(
                 f"{names} need {needed:g} GPUs at once and the cluster has {gpus:g}; lower generation.pool.size or "
                 "rewards.<name>.pool.num_gpus (fractions share a GPU), or add GPUs"
+            )
+        if not _hold(gpus_per_node, _shares([pools[name] for name in phase])):
+            shares = " + ".join(f"{pools[name].size} x {pools[name].num_gpus:g}" for name in phase if pools[name].num_gpus)
+            raise ClusterError(
+                f"{names} need {shares} GPUs at once and have no room on nodes with {', '.join(f'{n:g}' for n in gpus_per_node)}, since an actor's GPUs are "
+                "on one node and a share is of one GPU; lower generation.pool.size or rewards.<name>.pool.num_gpus, or add GPUs"
             )
         ours = [name for name in phase if _configured(config, name).num_cpus is None]
         flexible = sum(pools[name].total_cpus for name in ours)
@@ -280,6 +287,35 @@ def _fit(
         if not task_is_fixed:
             task_cpus = min(task_cpus, _floor(config.cluster.task_cpus * free / flexible))
     return pools, task_cpus
+
+
+def _shares(pools: list[Pool]) -> list[float]:
+    """GPUs that must be together, of every actor; of engines, which may be spread over nodes (see `_placement`), one each."""
+    shares: list[float] = []
+    for pool in pools:
+        many = pool.num_gpus > 1 and is_generation(pool.name)
+        shares += [1.0] * round(pool.total_gpus) if many else [pool.num_gpus] * pool.size
+    return shares
+
+
+def _hold(gpus_per_node: Sequence[float], shares: list[float]) -> bool:
+    """Whether all shares find room, the largest first: whole GPUs on one node, less than one on one GPU."""
+    nodes = [[1.0] * int(n) for n in gpus_per_node]
+    for share in sorted(shares, reverse=True):
+        if share >= 1:
+            rooms = [node for node in nodes if len(node) >= share]
+            if not rooms:
+                return False
+            del min(rooms, key=len)[: round(share)]
+        elif share > 0:
+            left, node, gpu = min(
+                ((left, node, gpu) for node, free in enumerate(nodes) for gpu, left in enumerate(free) if left >= share - 1e-6),
+                default=(0.0, -1, -1),
+            )
+            if node < 0:
+                return False
+            nodes[node][gpu] = left - share
+    return True
 
 
 def _floor(cpus: float) -> float:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import difflib
 from collections.abc import Iterable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from rc_ray.config import TrainingConfig
 from rc_ray.errors import ConfigError
-from rc_ray.training.sharding import check_sharding
+from rc_ray.training import sharding
 
 # Class and file, each with the fields that it adds to those of the next.
 SOURCES = (("trl", "trainer/dpo_config.py"), ("trl", "trainer/base_config.py"), ("transformers", "training_args.py"))
@@ -63,18 +66,36 @@ LOSSES = (
 
 
 @cache
-def dpo_arguments() -> frozenset[str]:
-    """Names of the fields of the installed TRL's `DPOConfig`; empty where it is not installed, as on a login node."""
-    names: set[str] = set()
+def dpo_arguments() -> dict[str, str]:
+    """Fields of the installed TRL's `DPOConfig` and their types; empty where it is not installed, as on a login node."""
+    fields: dict[str, str] = {}
     for package, file in SOURCES:
         spec = find_spec(package)
         if spec is None or not spec.submodule_search_locations:
-            return frozenset()
+            return {}
         source = Path(spec.submodule_search_locations[0]) / file
         for node in ast.parse(source.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef):
-                names |= {s.target.id for s in node.body if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name)}
-    return frozenset(name for name in names if not name.startswith("_"))
+            for field in node.body if isinstance(node, ast.ClassDef) else []:
+                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and field.target.id[0] != "_":
+                    fields.setdefault(field.target.id, ast.unparse(field.annotation))
+    return fields
+
+
+class _Types(dict[str, Any]):
+    """Types by the names that annotations use; what is not built in can be anything."""
+
+    def __missing__(self, name: str) -> Any:
+        return getattr(builtins, name, Any)
+
+
+def is_a(value: Any, annotation: str) -> bool:
+    """Whether a value read from YAML or JSON is of an annotated type."""
+    expected = eval(annotation, {}, _Types(Literal=Literal))
+    try:
+        TypeAdapter(expected, config=ConfigDict(strict=True)).validate_python(value)
+    except ValidationError:
+        return False
+    return True
 
 
 def check_training(training: TrainingConfig, on_gpu: bool | None = None) -> None:
@@ -115,7 +136,7 @@ def check_training(training: TrainingConfig, on_gpu: bool | None = None) -> None
         )
     _check_trl(training.trl)
     _check_loss(training.losses, training.trl)
-    check_sharding(training, on_gpu)
+    sharding.check_sharding(training, on_gpu)
 
 
 def _check_trl(given: dict[str, Any]) -> None:
@@ -128,6 +149,9 @@ def _check_trl(given: dict[str, Any]) -> None:
             raise ConfigError(f"{field}: {IMPOSSIBLE[name]}; leave it out")
         if known and name not in known:
             raise ConfigError(f"{field}: TRL's DPOConfig has no such field{_hint(name, known)}")
+        if known and name not in sharding.FIELDS and not is_a(value, known[name]):
+            more = "; YAML reads numbers such as 1e-8 as text, write 1.0e-8" if isinstance(value, str) else ""
+            raise ConfigError(f"{field}: must be {known[name]}, as TRL's DPOConfig has it{more}")
 
 
 def _check_loss(losses: list[str], given: dict[str, Any]) -> None:

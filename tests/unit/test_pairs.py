@@ -15,7 +15,7 @@ from rc_ray.config import TrainingConfig
 from rc_ray.errors import ConfigError, DataError
 from rc_ray.generation.render import template_hash
 from rc_ray.ledger.storage import Folder
-from rc_ray.training.arguments import LOSSES, check_training, dpo_arguments
+from rc_ray.training.arguments import LOSSES, check_training, dpo_arguments, is_a
 from rc_ray.training.pairs import PairCounts, PairTokenizer, end_tokens
 from tests.conftest import CHAT_TEMPLATE, make_tokenizer
 
@@ -149,6 +149,8 @@ def test_counts_of_parts_add_up() -> None:
     [
         ({"trl": {"label_smothing": 0.1}}, "no such field; did you mean 'label_smoothing'"),
         ({"trl": {"beta": 0.2}}, r"is set by training\.beta"),
+        ({"trl": {"adam_epsilon": "1e-8"}}, r"adam_epsilon = '1e-8': must be float, .*write 1\.0e-8"),
+        ({"trl": {"dataloader_num_workers": 1.5}}, "must be int, as TRL"),
         ({"trl": {"ld_alpha": 0.5}}, "only sums are kept"),
         ({"trl": {"dataloader_drop_last": True}}, "would leave pairs out"),
         ({"trl": {"label_smoothing": 0.1}}, r"label_smoothing = 0.1: has no effect on .*\['sigmoid'\]; choose one of robust"),
@@ -182,11 +184,14 @@ def test_all_losses_of_trl_are_known() -> None:
 
 
 def test_all_fields_of_trl_are_known() -> None:
-    from dataclasses import fields
+    from dataclasses import MISSING, fields
 
     from trl import DPOConfig
 
-    assert {field.name for field in fields(DPOConfig) if field.init and not field.name.startswith("_")} <= dpo_arguments()
+    known = {field.name: field.default for field in fields(DPOConfig) if field.init and not field.name.startswith("_")}
+    assert known.keys() <= dpo_arguments().keys()
+    refused = [name for name, value in known.items() if value is not MISSING and not is_a(value, dpo_arguments()[name])]
+    assert refused == []
     check_training(
         TrainingConfig(trl={"lr_scheduler_type": "cosine", "max_grad_norm": 0.5, "optim": "adamw_torch"}), on_gpu=False
     )

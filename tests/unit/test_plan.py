@@ -138,6 +138,30 @@ def test_a_pool_that_does_not_fit_alone_is_an_error_that_says_what_to_change() -
         make_plan(config("generation.pool.size=4"), cpus=32, gpus=2)
 
 
+def test_gpus_that_are_not_together_are_not_counted_together() -> None:
+    alone = config("training.enabled=false", "rewards.harmless.pool.num_gpus=2")
+    assert make_plan(alone, cpus=32, gpus=4, gpus_per_node=[2, 2]).mode == "streaming"
+    assert make_plan(alone, cpus=32, gpus=4, gpus_per_node=[3, 1]).mode == "streaming"
+    # 1 + 1 + 2 GPUs are there, but no two of them on one node.
+    with pytest.raises(
+        ClusterError, match=r"harmless need 1 x 2 GPUs at once and have no room on nodes with 1, 1, 1, 1, .*; lower"
+    ):
+        make_plan(alone, cpus=32, gpus=4, gpus_per_node=[1] * 4)
+    # Three shares of 0.6 are less than two GPUs, and need three.
+    shares = config(
+        "training.enabled=false",
+        "generation.pool.num_gpus=0.6",
+        *(f"rewards.{name}.pool.num_gpus=0.6" for name in ("helpful", "harmless")),
+    )
+    assert make_plan(shares, cpus=32, gpus=3).mode == "streaming"
+    plan = make_plan(shares, cpus=32, gpus=2)
+    assert (plan.mode, plan.phases) == ("phased", [["generation"], ["helpful", "harmless", "length"]])
+    assert "need 1 x 0.6 + 1 x 0.6 + 1 x 0.6 GPUs at once and have no room on nodes with 2" in plan.mode_reason
+    # An engine may be spread over nodes, a reward model may not.
+    engine = "training.enabled=false", "generation.engine={tensor_parallel_size: 2}"
+    assert make_plan(config(*engine), cpus=32, gpus=4, gpus_per_node=[1] * 4).across_nodes
+
+
 def test_parallel_sizes_of_the_engine_are_its_gpus() -> None:
     engine = ["generation.engine={tensor_parallel_size: 2, pipeline_parallel_size: 2}"]
     plan = make_plan(config(*engine), cpus=32, gpus=6)
