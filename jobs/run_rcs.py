@@ -8,6 +8,7 @@ configuration it goes on where it stopped; `output` must be a folder or URI that
 """
 
 import argparse
+import os
 import sys
 
 import rc_ray
@@ -18,6 +19,8 @@ def main() -> int:
     parser.add_argument("--config", required=True, help="YAML file, or embedded:demo")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override one value")
     options = parser.parse_args()
+    # Reward functions of your own are found in the folder that the job runs in.
+    sys.path.append(os.getcwd())
     try:
         # 1. The configuration is validated before anything is asked of the cluster.
         config = rc_ray.load_config(options.config, ["cluster.address=auto", *options.overrides])

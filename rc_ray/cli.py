@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         "--pilot",
         type=int,
         metavar="PROMPTS",
-        help="sample and score so many prompts first (starts Ray), and predict pairs, tokens, hours and cost",
+        help="instead, sample and score so many prompts on the cluster that is there, and predict pairs, tokens, hours and cost",
     )
     plan.add_argument("--price-per-gpu-hour", type=float, help="with --pilot; on CPUs the price of the cluster for an hour")
     plan.set_defaults(handler=_plan)
@@ -286,22 +286,25 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
+    from rc_ray.pipeline.pilot import pilot
     from rc_ray.pipeline.preview import plan
 
     if options.price_per_gpu_hour is not None and options.pilot is None:
         raise ConfigError(
             "--price-per-gpu-hour has no effect without --pilot; give the number of prompts to sample, e.g. --pilot 64"
         )
-    for line in plan(_source(options), options.overrides, cpus=options.cpus, gpus=options.gpus).lines():  # type: ignore[arg-type]
-        _emit(line)
-    if options.pilot is not None:
-        from rc_ray.pipeline.pilot import pilot
-
-        prediction = pilot(
-            _source(options), options.overrides, num_prompts=options.pilot, price=options.price_per_gpu_hour, emit=_emit
+    if options.pilot is None:
+        shown = plan(_source(options), options.overrides, cpus=options.cpus, gpus=options.gpus).lines()  # type: ignore[arg-type]
+    elif options.cpus is not None or options.gpus is not None:
+        raise ConfigError(
+            "--cpus and --gpus have no effect with --pilot, which runs on the cluster that is there; leave them out"
         )
-        for line in prediction.lines():
-            _emit(line)
+    else:
+        shown = pilot(
+            _source(options), options.overrides, num_prompts=options.pilot, price=options.price_per_gpu_hour, emit=_emit
+        ).lines()
+    for line in shown:
+        _emit(line)
 
 
 def _doctor(options: argparse.Namespace) -> int:

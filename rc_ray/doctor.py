@@ -19,7 +19,7 @@ from rc_ray.models import embedded
 
 MIN_FREE_GIB = 5
 MIN_PYTHON = (3, 11)
-REQUIRED = ("ray", "torch", "transformers", "trl", "datasets", "accelerate", "pyarrow", "pydantic")
+REQUIRED = ("ray", "torch", "transformers", "trl", "datasets", "accelerate", "pyarrow", "pydantic", "tensorboard")
 TORCHVISION_FIX = "pip uninstall -y torchvision torchaudio torchcodec   (text models need none of them)"
 
 

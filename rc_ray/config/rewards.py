@@ -239,7 +239,7 @@ class ServiceReward(Section):
     """What rewards from a service have in common."""
 
     url: str | None = None
-    """`https://...`; `http://...` for what sends no token."""
+    """`https://...`; `http://...` for what sends no token, or stays on this machine."""
 
     token_env: str | None = deployment(None)
     """Environment variable, on every node, with the token that is sent as `Authorization: Bearer ...`. The token itself belongs
@@ -255,8 +255,8 @@ class ServiceReward(Section):
     """Longest wait for a connection, and for each part of an answer."""
 
     max_retries: int = deployment(5, ge=0)
-    """How often a request is repeated after a failed connection, a timeout, or status 429, 500, 502, 503 or 504; the wait doubles from a
-    second on, or is what `Retry-After` says. After the last one the scores of its answers are missing."""
+    """How often a request is repeated after a failed connection, a timeout, or status 429, 500, 502, 503 or 504; the first time
+    at once, then after a wait that doubles from a second on, or is what `Retry-After` says, of two minutes at most. After the last one the scores of its answers are missing."""
 
     max_requests_per_minute: float | None = deployment(None, gt=0)
     """Requests, repetitions among them, that each actor begins per minute at most, evenly spaced: the service's limit divided by the number
@@ -301,7 +301,7 @@ class HttpReward(ServiceReward):
     """Reward from a POST request per batch."""
 
     url: str
-    """`https://...`; `http://...` for what sends no token."""
+    """`https://...`; `http://...` for what sends no token, or stays on this machine."""
 
     batch_size: int = deployment(32, ge=1)
     """Answers per request."""

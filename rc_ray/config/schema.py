@@ -263,7 +263,8 @@ class ClusterConfig(Section):
     """Ray CPUs per small task (reading, selection, writing)."""
 
     chunk_size: int = Field(16, ge=1)
-    """Prompts per ledger chunk: the unit that is committed, retried and lost at most by each pool actor in a kill."""
+    """Prompts per ledger chunk: the unit that is committed, retried, and lost in a kill (some per actor, see README). Each is a few files, which are
+    listed when a run goes on: for millions of prompts take some hundreds."""
 
     mode: Literal["auto", "streaming", "phased"] = "auto"
     """`streaming`: rewards are computed while others are still generated. `phased`: generate all, then score; needs fewer
@@ -293,7 +294,7 @@ class Config(Section):
     """Git revision of a Hub policy."""
 
     trust_remote_code: bool = False
-    """Run Python code from the policy's repository. Off unless you trust this one model."""
+    """Run Python code from the policy's repository, and from that of a model given to `rc-ray evaluate`. Off unless you trust this one model."""
 
     output: str = deployment()
     """The run directory: a path, or any URI that pyarrow reads (s3://, gs://, ...). Every node must reach it."""

@@ -124,8 +124,8 @@ class TrainingConfig(Section):
     """Steps between checkpoints; at most so much work is lost when a worker or the driver dies."""
 
     report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = deployment(["tensorboard"])
-    """Where curves go besides the report. TensorBoard's files are in `runs/` of the trained model; W&B and MLflow take their settings from their environment
-    variables and must be installed on the nodes."""
+    """Where curves go besides the report. TensorBoard's files are in `runs/` of the trained model; W&B and MLflow must be installed on
+    the nodes and take their settings from their environment variables."""
 
     allow_other_template: bool = deployment(False)
     """Train on pairs that were sampled with another tokenizer or chat template than the policy's; otherwise they are refused."""

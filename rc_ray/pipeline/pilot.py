@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from rc_ray.config import BudgetConfig, Config, GenerationConfig, load_config, result_fields
+from rc_ray.config import BudgetConfig, Config, GenerationConfig, RoundsConfig, load_config, result_fields
 from rc_ray.core import schemas
 from rc_ray.core.ids import canonical_json, prompt_id
 from rc_ray.core.selection import fit_selection, select_pairs
@@ -113,7 +113,7 @@ def pilot(
     price: float | None = None,
     emit: Callable[[str], None] = print,
 ) -> Prediction:
-    """Runs or resumes the pilot of a configuration and predicts; the prediction is kept in `<output>-pilot/pilot.json`.
+    """Runs or resumes the pilot of a configuration, of rounds the first one, and predicts; the prediction is kept in `<output>-pilot/pilot.json`.
 
     Args:
         config, overrides: see `run`.
@@ -137,6 +137,7 @@ def pilot(
             "training": type(resolved.training)(enabled=False),
             "evaluation": type(resolved.evaluation)(),
             "budget": BudgetConfig(),
+            "rounds": RoundsConfig(),
             "cluster": resolved.cluster.model_copy(
                 update={"chunk_size": max(1, min(resolved.cluster.chunk_size, len(chosen) // FEWEST_CHUNKS))}
             ),

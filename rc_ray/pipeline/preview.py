@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rc_ray.config import Config, load_config, to_yaml
-from rc_ray.errors import DataError
+from rc_ray.errors import ClusterError, DataError
 from rc_ray.generation.hardware import num_cores
 from rc_ray.models import embedded
 from rc_ray.models.resolve import local_model
@@ -24,6 +24,7 @@ from rc_ray.pipeline.policies import lines as policy_lines
 from rc_ray.pipeline.policies import members_of
 from rc_ray.pipeline.progress import duration
 from rc_ray.pipeline.prompts import BadRow, read_cells, to_messages
+from rc_ray.pipeline.rounds import round_config
 from rc_ray.pipeline.run import ConfigSource
 
 # Sustained floating-point operations per second that decoding reaches: measured at about 25 GFLOP/s per core (SmolLM2-135M,
@@ -57,8 +58,9 @@ class Preview:
         ]
         shown.append(f"prompts      {self.num_prompts} to sample, {self.num_bad_rows} bad or repeated rows")
         shown += [f"policy       {line}" for line in policy_lines(c)]
+        most = most_candidates(c)
         shown.append(
-            f"candidates   {self.num_prompts} x {c.generation.num_candidates} = {self.num_prompts * c.generation.num_candidates}, "
+            f"candidates   {'up to ' if c.generation.max_candidates else ''}{self.num_prompts} x {most} = {self.num_prompts * most}, "
             f"at most {self.max_tokens:,} tokens"
         )
         shown.append(
@@ -70,7 +72,7 @@ class Preview:
 def plan(
     config: ConfigSource, overrides: Iterable[str] = (), *, cpus: float | None = None, gpus: float | None = None
 ) -> Preview:
-    """Validates a configuration and says what it would do; writes nothing and starts nothing.
+    """Validates a configuration and says what it would do, of rounds the first one; writes nothing and starts nothing.
 
     Args:
         config, overrides: see `run`.
@@ -80,10 +82,17 @@ def plan(
         RcRayError: whatever would stop the run before it starts.
     """
     resolved = load_config(config, overrides)
-    stages.check(resolved)
+    stages.check(round_config(resolved, 1, None) if resolved.rounds.number > 1 else resolved)
     logical, reason = local_cpus(resolved.cluster)
     on_gpu = bool(gpus)
-    pools = make_plan(resolved, cpus if cpus is not None else logical, gpus or 0.0)
+    try:
+        pools = make_plan(resolved, cpus if cpus is not None else logical, gpus or 0.0)
+    except ClusterError as error:
+        if gpus is not None:
+            raise
+        raise ClusterError(
+            f"{error}; this was planned without GPUs: give those of the cluster by --gpus, its CPUs by --cpus"
+        ) from None
     seen: set[str] = set()
     bad = 0
     for cell in read_cells("prompts", resolved.prompts):
@@ -93,7 +102,7 @@ def plan(
             bad += 1
         else:
             seen.add(key)
-    max_tokens = len(seen) * resolved.generation.num_candidates * resolved.generation.max_tokens
+    max_tokens = len(seen) * most_candidates(resolved) * resolved.generation.max_tokens
     members = members_of(resolved)
     sizes = [_parameters(member.model) for member in members]
     weights = [member.weight for member in members]
@@ -111,6 +120,11 @@ def plan(
             f"time assumes {parameters / 1e6:.0f} M parameters and {flops / 1e9:.0f} GFLOP/s sustained, all answers of full length"
         )
     return Preview(resolved, pools, len(seen), bad, max_tokens, seconds, notes)
+
+
+def most_candidates(config: Config) -> int:
+    """Answers that a prompt gets at most."""
+    return config.generation.max_candidates or config.generation.num_candidates
 
 
 def _parameters(model: str) -> int | None:

@@ -293,7 +293,8 @@ def _train_one(
     outcome = (work / EXPERIMENT).read_json(OUTCOME)
     if "diverged" in outcome:
         raise ModelError(
-            f"training diverged: {outcome['diverged']}; lower training.learning_rate, or train in float32, and begin anew: remove {work.uri!r}, or fork the run"
+            f"training diverged: {outcome['diverged']}; lower training.learning_rate, or train in float32, and begin anew in another output "
+            "(`rc-ray run CONFIG --fork-from RUN` samples and scores nothing again)"
         )
     found = {**asdict(facts), **outcome, "logp_changes": logp_changes(outcome["log_history"], training.beta)}
     found["reference"] = model_identity(reading.reference, reading.reference_revision)

@@ -11,7 +11,7 @@ import pytest
 
 from rc_ray.pipeline.graph import BLOCKS_PER_ENGINE
 from tests.fault.conftest import StartDriver
-from tests.fault.drivers import CHUNK_SIZE, NUM_CHUNKS, NUM_MOMENTS, assert_same_outcome, commits, moments
+from tests.fault.drivers import CHUNK_SIZE, NUM_CHUNKS, NUM_LONG, NUM_MOMENTS, assert_same_outcome, commits, moments, outcome
 
 # Chunks that are sampled and whose commit has begun.
 AWAITING_COMMIT = BLOCKS_PER_ENGINE
@@ -49,6 +49,24 @@ def test_a_run_killed_at_random_moments_resumes_and_repeats_nothing(
     assert len(found) == 2 * NUM_CHUNKS
     assert 0 < len(kept) < 2 * NUM_CHUNKS
     assert_same_outcome(resumed.folder, whole)
+
+
+@pytest.mark.timeout(300 * (NUM_LONG + 2))
+def test_prompts_that_were_to_get_more_answers_get_them_after_a_kill(
+    config: dict[str, Any], driver: StartDriver, tmp_path: Path
+) -> None:
+    config["generation"] |= {"num_candidates": 2, "max_candidates": 8}
+    undisturbed = driver({**config, "output": str(tmp_path / "undisturbed")})
+    undisturbed.finished()
+    assert len({len(group["candidates"]) for group in outcome(undisturbed.folder).groups}) > 1
+    for moment in moments(1, NUM_CHUNKS, NUM_LONG):
+        victim = driver(config)
+        victim.reach(moment, "sample")
+        victim.kill()
+        assert 0 < len(commits(victim.folder, "sample")) < NUM_CHUNKS
+    resumed = driver(config)
+    resumed.finished()
+    assert_same_outcome(resumed.folder, undisturbed.folder)
 
 
 def test_a_second_driver_is_refused_and_names_the_first(config: dict[str, Any], driver: StartDriver) -> None:

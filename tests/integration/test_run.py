@@ -65,6 +65,22 @@ def test_candidates_are_whole_and_carry_the_seeds_of_their_prompt(finished_run: 
             assert c["logprob"] < 0
 
 
+def test_log_probabilities_are_those_of_the_policy(finished_run: FinishedRun) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(finished_run.config["model"])
+    network = AutoModelForCausalLM.from_pretrained(finished_run.config["model"], dtype=torch.float32).eval()
+    groups = [g for g in rows(finished_run.folder / "candidates") if g["failure"] is None][:5]
+    for group in groups:
+        before = tokenizer.apply_chat_template(group["prompt"], add_generation_prompt=True, tokenize=True, return_dict=False)
+        for c in group["candidates"]:
+            ids = torch.tensor([before + c["token_ids"]])
+            with torch.inference_mode():
+                each = network(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+            assert c["logprob"] == pytest.approx(each[len(before) - 1 :].sum().item(), abs=1e-3)
+
+
 def test_every_pair_is_strictly_consistent_by_the_stored_rewards_and_has_the_largest_gap(finished_run: FinishedRun) -> None:
     objectives = ["helpful", "harmless", "length"]
     scale = json.loads((finished_run.folder / "manifest.json").read_text())["selection"]["scale"]

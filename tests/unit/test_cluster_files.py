@@ -10,7 +10,10 @@ import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from rc_ray.config import load_config
+from rc_ray.pipeline.plan import make_plan
 from tests.conftest import ROOT
+from tests.unit.test_plan import BASE
 
 
 @pytest.fixture
@@ -81,11 +84,25 @@ def test_the_kubernetes_head_takes_no_work_and_calls_need_a_token(rayjob: dict[s
     assert cluster["enableInTreeAutoscaling"] is True
 
 
-def test_kubernetes_workers_scale_from_none_and_get_what_they_ask_for(rayjob: dict[str, Any]) -> None:
+def test_a_run_with_two_reward_models_finds_room(aws: dict[str, Any], rayjob: dict[str, Any]) -> None:
+    workers = [(kind["min_workers"], kind["resources"]) for kind in aws["available_node_types"].values()]
+    on_aws = [resources for number, resources in workers for _ in range(number)]
+    group = rayjob["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    on_kubernetes = [{"CPU": float(limits["cpu"]), "GPU": float(limits["nvidia.com/gpu"])}] * group["minReplicas"]
+    config = load_config(BASE)
+    for nodes in (on_aws, on_kubernetes):
+        gpus = [node["GPU"] for node in nodes]
+        plan = make_plan(config, sum(node["CPU"] for node in nodes), sum(gpus), len(nodes), gpus)
+        assert plan.mode == "streaming"
+        assert sum(pool.total_gpus for pool in (*plan.engines.values(), *plan.rewards.values())) == len(nodes)
+
+
+def test_kubernetes_workers_scale_and_get_what_they_ask_for(rayjob: dict[str, Any]) -> None:
     groups = rayjob["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     assert groups
     for group in groups:
-        assert 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+        assert 1 <= group["minReplicas"] <= group["replicas"] < group["maxReplicas"]
         for container in group["template"]["spec"]["containers"]:
             assert container["resources"]["limits"] == container["resources"]["requests"]
 
