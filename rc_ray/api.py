@@ -318,7 +318,7 @@ def calibrate(
     Raises:
         ConfigError, DataError, ModelError: the configuration, the pairs or the models cannot be used. ClusterError: scoring failed.
     """
-    from rc_ray.evaluation.calibrate import calibrate_groups, labelled_groups, other_rule, plot_reliability
+    from rc_ray.evaluation.calibrate import calibrate_groups, check_precision, labelled_groups, other_rule, plot_reliability
     from rc_ray.training.preferences import read_preferences
 
     resolved = load_config(config, overrides)
@@ -328,6 +328,7 @@ def calibrate(
         raise ConfigError(f"pairs: {named}; give OBJECTIVE=FILE for one or more of {', '.join(resolved.rewards)}")
     if output is not None and not Folder.at(output).is_empty():
         raise DataError(f"output = {output!r}: the folder is not empty; give a new one")
+    check_precision(precision)
     stages.check_rewards(resolved)
     tables = []
     for name, path in pairs.items():
@@ -346,9 +347,9 @@ def calibrate(
     objectives = list(resolved.rewards)
     found = replace(calibrate_groups(scored, objectives, precision), other_rule=other_rule(resolved.selection, objectives))
     if output is not None:
+        Folder.at(output).write_json("calibration.json", found.as_dict())
         picture = io.BytesIO()
         plot_reliability(found).savefig(picture, format="png", dpi=120)
-        Folder.at(output).write_json("calibration.json", found.as_dict())
         Folder.at(output).write_bytes("reliability.png", picture.getvalue())
     return found
 

@@ -299,7 +299,7 @@ class Config(Section):
     output: str = deployment()
     """The run directory: a path, or any URI that pyarrow reads (s3://, gs://, ...). Every node must reach it."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=1 << 31)
     """Seed of the whole run: sampling, training and bootstrap derive theirs from it."""
 
     prompts: PromptsConfig

@@ -184,6 +184,14 @@ def other_rule(selection: SelectionConfig, objectives: Sequence[str]) -> tuple[s
     return tuple(name for name, is_so in differs.items() if is_so)
 
 
+def check_precision(precision: float) -> None:
+    """Raises:
+    DataError: no share of pairs that could be wanted.
+    """
+    if not 0.5 < precision < 1:
+        raise DataError(f"precision = {precision}: must be above 0.5, which a coin reaches, and below 1")
+
+
 def calibrate_groups(groups: pa.Table, objectives: Sequence[str], precision: float) -> CalibrationReport:
     """Judges the rewards of scored `labelled_groups`.
 
@@ -195,8 +203,7 @@ def calibrate_groups(groups: pa.Table, objectives: Sequence[str], precision: flo
     Raises:
         DataError: an objective has no labelled pair with rewards, or so few that a half is empty.
     """
-    if not 0.5 < precision < 1:
-        raise DataError(f"precision = {precision}: must be above 0.5, which a coin reaches, and below 1")
+    check_precision(precision)
     labels = np.asarray(groups.column(LABEL).to_pylist())
     d = np.stack([_differences(groups.column(schemas.reward_column(name)).to_pylist()) for name in objectives], axis=1)
     fits = np.asarray([_in_first_half(each) for each in groups.column("prompt_id").to_pylist()])

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rc_ray.errors import ResumeError
+from rc_ray.errors import DataError, ResumeError
 from rc_ray.ledger.storage import LOCK_NAME, Folder
 
 LOCAL_RENEWAL_S, REMOTE_RENEWAL_S = 5.0, 20.0
@@ -133,7 +133,7 @@ class DriverLock:
                     return
                 self._mine["renewals"] += 1
                 self._folder.write_json(LOCK_NAME, self._mine)
-            except OSError:  # a full disk or a lost connection is the run's to report; the lock is tried again
+            except (OSError, DataError):  # a full disk or a lost connection is the run's to report; the lock is tried again
                 continue
 
 

@@ -105,6 +105,12 @@ def open_existing(uri: str) -> RunDir:
     return RunDir(root)
 
 
+def in_order(config: Config, run: RunDir) -> Config:
+    """The configuration with its rewards in the order in which the run began; files have them in that order."""
+    recorded = [name for name in run.result_fields()["rewards"] if name in config.rewards]
+    return config.model_copy(update={"rewards": {name: config.rewards[name] for name in [*recorded, *config.rewards]}})
+
+
 def check_owner(config: Config, data_hashes: dict[str, str]) -> bool:
     """Whether `config.output` is this configuration's directory (True) or free (False). Writes nothing.
 

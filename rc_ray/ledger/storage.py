@@ -1,7 +1,7 @@
 """Reading and writing on any pyarrow filesystem (local, S3, GCS, HDFS), addressed by one path or URI.
 
 Invariant: a file is either whole or absent. It is written beside its place and renamed; on S3 and GCS a write becomes visible
-when it is closed, so no rename is needed.
+when it is closed, so no rename is needed. An empty file counts as absent: it is what an upload leaves there that was interrupted as it began.
 """
 
 from __future__ import annotations
@@ -88,13 +88,13 @@ class Folder:
         """Sorted names of the plain files in this folder; empty when it does not exist."""
         filesystem, path = self.filesystem()
         infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
-        return sorted(i.base_name for i in infos if i.type == pafs.FileType.File and i.base_name.endswith(suffix))
+        return sorted(i.base_name for i in infos if i.type == pafs.FileType.File and i.size and i.base_name.endswith(suffix))
 
     def exists(self, name: str = "") -> bool:
         """Whether the folder, or a file in it, is there."""
         filesystem, path = self.filesystem()
         found = filesystem.get_file_info(f"{path}/{name}" if name else path)
-        return bool(found.type != pafs.FileType.NotFound)
+        return bool(found.type == pafs.FileType.Directory or found.size)
 
     def is_empty(self) -> bool:
         """Whether the folder is absent or holds nothing but what a killed driver left behind: its lock, half a file."""
@@ -102,7 +102,10 @@ class Folder:
         if filesystem.get_file_info(path).type == pafs.FileType.File:
             return False
         infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
-        return all(i.base_name == LOCK_NAME or (i.base_name.startswith(".") and i.base_name.endswith(".tmp")) for i in infos)
+        return all(
+            i.size == 0 or i.base_name == LOCK_NAME or (i.base_name.startswith(".") and i.base_name.endswith(".tmp"))
+            for i in infos
+        )
 
     def remove_unfinished(self) -> None:
         """Removes what killed writes left behind. For folders with one writer only."""

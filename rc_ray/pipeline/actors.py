@@ -353,6 +353,11 @@ def count_policies(candidates: pa.StructArray) -> dict[str, int]:
     }
 
 
+def count_paired(table: pa.Table, selection: SelectionConfig) -> int:
+    """Prompts of scored groups with a pair, as far as that can be known before all are scored."""
+    return select_pairs(table, selection, without_fit(selection, schemas.scored_objectives(table.schema))).num_paired
+
+
 def _has_failed(row: dict[str, Any]) -> bool:
     """Whether an error kept a group from selection, rather than a property of its prompt."""
     lacking = any(value is not None for name, value in row.items() if name.startswith(schemas.MISSING_PREFIX))
@@ -410,8 +415,7 @@ def commit_groups(
             if by_policy:
                 counts |= count_policies(candidates)
             if selection is not None:
-                unknown = without_fit(selection, schemas.scored_objectives(table.schema))
-                counts["paired"] = select_pairs(table, selection, unknown).num_paired
+                counts["paired"] = count_paired(table, selection)
             ledger.commit(stage, chunk, counts, {groups: table})
             board.committed.remote(stage, chunk, counts.get("paired"))
     return block

@@ -14,11 +14,12 @@ from collections.abc import Callable
 from typing import Any
 
 from rc_ray.config import Config, differences, result_fields
-from rc_ray.errors import ConfigError
+from rc_ray.errors import ConfigError, ResumeError
 from rc_ray.ledger import rundir
 from rc_ray.ledger.ledger import chunk_name
 from rc_ray.ledger.rundir import RunDir
 from rc_ray.ledger.storage import Folder
+from rc_ray.pipeline.actors import count_paired
 from rc_ray.pipeline.policies import model_names
 from rc_ray.pipeline.stages import PROMPTS, SAMPLE, SCORE
 
@@ -35,7 +36,8 @@ def fork(source: str, config: Config, hashes: dict[str, str], emit: Callable[[st
         hashes: of its data, see `stages.check`.
 
     Raises:
-        DataError: source is no run directory. ConfigError: nothing of it can be reused. ResumeError: see `rundir.check_owner`.
+        DataError: source is no run directory. ConfigError: nothing of it can be reused. ResumeError: see `rundir.check_owner`; or the new
+            run had begun with other chunks.
     """
     old = rundir.open_existing(source)
     manifest = old.manifest()
@@ -52,6 +54,10 @@ def fork(source: str, config: Config, hashes: dict[str, str], emit: Callable[[st
         _copy(old.prompts, run.prompts, old.prompts.names(".parquet"))
         _copy(old.drops, run.drops, ["prompts.parquet"])
         run.ledger.finish(PROMPTS, old.ledger.facts(PROMPTS))
+    elif run.ledger.facts(PROMPTS) != old.ledger.facts(PROMPTS):
+        raise ResumeError(
+            f"output = {config.output!r}: its prompts are split into other chunks than those of {source!r}; give a new output"
+        )
     sampled, scored = old.ledger.done(SAMPLE), old.ledger.done(SCORE)
     all_rewards = kept == list(now["rewards"]) and now["rewards"].keys() == before["rewards"].keys()
     of_stages = {name: scored | old.ledger.done(f"{SCORE}_{name}") for name in kept}
@@ -59,11 +65,16 @@ def fork(source: str, config: Config, hashes: dict[str, str], emit: Callable[[st
         record = f"{chunk_name(chunk)}.json"
         _copy(old.candidates, run.candidates, [f"{chunk_name(chunk)}.parquet"])
         _copy(old.ledger.folder / SAMPLE, run.ledger.folder / SAMPLE, [record])
-        for name in kept if not all_rewards else ():
+        whole = all_rewards and chunk in scored
+        for name in kept if not whole else ():
             if chunk in of_stages[name]:
                 (run.ledger.folder / f"{SCORE}_{name}").write_json(record, {"groups": 0})
-        if all_rewards and chunk in scored:
-            counts = {k: v for k, v in (old.ledger.folder / SCORE).read_json(record).items() if k != "paired"}
+        if whole:
+            counts = (old.ledger.folder / SCORE).read_json(record)
+            if before["selection"] != now["selection"]:
+                counts.pop("paired", None)
+            if "paired" not in counts and config.budget.target_pairs is not None:
+                counts["paired"] = count_paired(run.candidates.read_table(f"{chunk_name(chunk)}.parquet"), config.selection)
             (run.ledger.folder / SCORE).write_json(record, counts)
     emit(
         f"fork      {len(sampled)} chunks of candidates from {old.root.uri}, rewards kept: "

@@ -16,6 +16,7 @@ An actor that dies is replaced by Ray and its blocks are run again without a lim
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from rc_ray.config import BudgetConfig, Config
 from rc_ray.errors import ClusterError, ResumeError
 from rc_ray.generation.hardware import cpu_runtime_env
-from rc_ray.ledger.ledger import Ledger
+from rc_ray.ledger.ledger import Ledger, chunk_name
 from rc_ray.ledger.storage import Folder
 from rc_ray.pipeline import actors
 from rc_ray.pipeline.actors import CHUNK, SAMPLED, SCORED
@@ -62,6 +63,11 @@ class GroupRun:
     bounded: bool = False
     """Whether the budget counts for it."""
 
+    select_stage: str | None = None
+    """Stage that makes pairs and drops of it, in these folders."""
+
+    selected: tuple[Folder, ...] = ()
+
     def sizes(self) -> dict[int, int]:
         """Prompts in each chunk, from what was recorded when they were split; no chunk is opened."""
         facts = self.ledger.facts(self.prompts_stage)
@@ -71,6 +77,11 @@ class GroupRun:
     def chunks(self) -> list[int]:
         """All chunks of the prompts."""
         return list(self.sizes())
+
+    def done(self, stage: str) -> set[int]:
+        """Chunks that a stage has committed; those with all rewards have each of them, whatever phases the run has now."""
+        whole = self.ledger.done(self.score_stage) if stage.startswith(f"{self.score_stage}_") else set()
+        return self.ledger.done(stage) | whole
 
 
 def attach_generation(
@@ -105,7 +116,7 @@ def _attach_engine(
         placement = EnginePlacement(round(pool.num_gpus), pool.num_cpus)
         placement.remove_after(dataset)
         resources |= {"num_gpus": 0, "ray_remote_args_fn": placement.arguments}
-    return _least_loaded(dataset).map_batches_internal(
+    return _least_loaded(dataset, config).map_batches_internal(
         worker,
         fn_constructor_kwargs={
             "policy": policy,
@@ -133,8 +144,11 @@ def _attach_engine(
     )
 
 
-def _least_loaded(dataset: Dataset) -> Dataset:
-    """The same Dataset, whose blocks go to the actor with the fewest wherever they lie."""
+def _least_loaded(dataset: Dataset, config: Config) -> Dataset:
+    """The same Dataset, whose blocks go to the actor with the fewest wherever they lie, and in which nothing has to finish sooner than in a run."""
+    dataset.context.execution_no_progress_timeout_s = math.ceil(
+        config.cluster.stall_timeout_s
+    )  # in a run the watchdog takes its place
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray 2.60 means to take the switch away and decide by itself
         dataset.context.execution_options.actor_locality_enabled = False
@@ -187,7 +201,7 @@ def attach_rewards(
     names = list(config.rewards) if objectives is None else objectives
     for objective in names:
         pool = plan.rewards[objective]
-        dataset = _least_loaded(dataset).map_batches_internal(
+        dataset = _least_loaded(dataset, config).map_batches_internal(
             # A name of its own in what Ray and the watchdog say.
             type(f"ScoreGroups_{objective}", (actors.ScoreGroups,), {}),
             fn_constructor_kwargs={
@@ -285,12 +299,12 @@ def _run_phase(
 
     sampled = run.ledger.done(run.sample_stage)
     finished = score_stage or run.sample_stage
-    done = run.ledger.done(finished)
+    done = run.done(finished)
     ended = ray.get(board.sampling_ended.remote()) is not None
     todo = [c for c in sizes if c not in done and (c in sampled or (sample and not ended))]
     for stage in (run.sample_stage if sample else None, score_stage):
         if stage is not None:
-            before = sum(sizes[c] for c in run.ledger.done(stage))
+            before = sum(sizes[c] for c in run.done(stage))
             ray.get(board.begin.remote(stage, "prompts", sum(sizes.values()), before))
     if not todo:
         return
@@ -343,7 +357,7 @@ def _run_phase(
     _execute(dataset, run, config, board, finished)
     # Without the budget's end, all chunks; with it, those that were sampled.
     ended = ray.get(board.sampling_ended.remote()) is not None
-    missing = (run.ledger.done(run.sample_stage) if ended else set(sizes)) - run.ledger.done(finished)
+    missing = (run.ledger.done(run.sample_stage) if ended else set(sizes)) - run.done(finished)
     if missing:
         raise ResumeError(f"{len(missing)} of {len(sizes)} chunks were not committed by {finished}; run again to resume")
 
@@ -363,11 +377,15 @@ def _execute(dataset: Dataset, run: GroupRun, config: Config, board: Any, stage:
 
 
 def give_back_failed(run: GroupRun, objectives: list[str], stage: str) -> None:
-    """Takes back the commits of chunks with failed groups, so that the next run does them again; rewards of candidates that will be others first."""
+    """Takes back the commits of chunks with failed groups, so that the next run does them again; what was made of them first."""
     of_candidates = [run.score_stage, *(f"{run.score_stage}_{name}" for name in objectives)]
     for name in (run.sample_stage, stage):
         for chunk, counts in run.ledger.counts(name):
             if counts.get("failed"):  # rewards that another run has scored say only that they are there
+                if run.select_stage is not None:
+                    run.ledger.give_back(run.select_stage, chunk)
+                for folder in run.selected:
+                    folder.remove(f"{chunk_name(chunk)}.parquet")
                 for each in (*(of_candidates if name == run.sample_stage else ()), name):
                     run.ledger.give_back(each, chunk)
 

@@ -255,7 +255,7 @@ def _fit(
     for phase in phases:
         names = " + ".join(phase)
         needed = sum(pools[name].total_gpus for name in phase)
-        if needed > gpus:
+        if needed > gpus + 1e-6:
             raise ClusterError(
                 f"{names} need {needed:g} GPUs at once and the cluster has {gpus:g}; lower generation.pool.size or "
                 "rewards.<name>.pool.num_gpus (fractions share a GPU), or add GPUs"

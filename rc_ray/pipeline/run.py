@@ -128,10 +128,15 @@ def run(
         if fork_from is not None:
             fork(fork_from, resolved, hashes, emit)
         run_dir = stages.prepare(resolved, hashes, emit)
+        resolved = rundir.in_order(resolved, run_dir)
         todo = pending(resolved, run_dir, only)
         ended = stages.ended_early(resolved, run_dir)
         if todo:
             emit(f"rc_ray    to do: {', '.join(todo)}")
+            if "sample" in todo and run_dir.manifest().get(
+                "ended"
+            ):  # a kill from now on leaves more than what was to be trained on
+                run_dir.update_manifest(ended=None)
             ended = _run_pending(resolved, run_dir, todo, emit) or ended
         if only in (None, "sample", "score") and run_dir.manifest().get("ended") != ended:
             run_dir.update_manifest(ended=ended)
@@ -182,15 +187,16 @@ def pending(config: Config, run_dir: RunDir, only: str | None) -> list[str]:
     ended = stages.ended_early(config, run_dir) is not None
     reached = {stage: ledger.done(stage) for stage in (stages.SAMPLE, stages.SCORE, stages.SELECT)}
     chunks = reached[stages.SAMPLE] if ended else set(groups.chunks())
-    goes_on = not ended or only is not None
+    trained = ledger.is_finished(stages.TRAIN)
+    goes_on = not ended or trained or only is not None
     left = {
         "sample": not ended and not reached[stages.SAMPLE] >= chunks,
         "score": not reached[stages.SCORE] >= chunks,
         "select": not reached[stages.SELECT] >= chunks,
-        "train": goes_on and config.training.enabled and not ledger.is_finished(stages.TRAIN),
+        "train": goes_on and config.training.enabled and not trained,
         "evaluate": goes_on and stages.evaluates(config) and not ledger.is_finished(stages.EVALUATE),
     }
-    if left["sample"] and ledger.is_finished(stages.TRAIN):
+    if (left["sample"] or left["select"]) and trained and only not in ("train", "evaluate", "report"):
         raise ResumeError(
             f"output = {run_dir.root.uri!r}: the policy in model/ was trained on the pairs of the prompts sampled so far, and sampling the "
             "others would change them; give another output"

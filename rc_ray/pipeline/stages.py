@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rc_ray.config import ClassifierReward, Config, CustomReward, JudgeReward, RewardTrainingConfig, RuleReward
+from rc_ray.core import schemas
 from rc_ray.core.measure import Fitted, Summary, add_up, fit
 from rc_ray.core.selection import needs_fit, select_pairs, summarize
 from rc_ray.errors import DataError, ResumeError
@@ -149,6 +150,11 @@ def prepare(config: Config, hashes: dict[str, str], emit: Emit) -> RunDir:
         cells = sources.read_cells("evaluation.prompts", held_out)
         facts = sources.write_chunks(cells, held_out, run.eval_prompts, run.report / "drops", config.cluster.chunk_size, shared)
         ledger.finish(EVAL_PROMPTS, facts)
+    if evaluates(config) and not (facts := ledger.facts(EVAL_PROMPTS))["prompts"]:
+        raise DataError(
+            f"evaluation.prompts.path = {held_out.path if held_out else None!r}: none of its {facts['rows']} rows is left to compare the policies on "
+            f"({facts['drops']}); give prompts that are not trained on, or remove evaluation.prompts, and another output"
+        )
     return run
 
 
@@ -230,7 +236,9 @@ def pin_engines(config: Config, run: RunDir, on_gpu: bool, emit: Emit) -> Config
 
 def training_groups(config: Config, run: RunDir) -> GroupRun:
     """The main sampling of a run."""
-    return GroupRun(policy_of(config), run.prompts, run.candidates, run.ledger, PROMPTS, SAMPLE, SCORE, bounded=True)
+    return GroupRun(
+        policy_of(config), run.prompts, run.candidates, run.ledger, PROMPTS, SAMPLE, SCORE, True, SELECT, (run.pairs, run.drops)
+    )
 
 
 def evaluation_groups(config: Config, run: RunDir) -> dict[str, GroupRun]:
@@ -304,10 +312,26 @@ def _record_timing(run: RunDir, session: Session, scoring: dict[str, Scoring]) -
     )
 
 
+def _scored_groups(run: RunDir, config: Config, chunk: int) -> pa.Table:
+    """A chunk's groups, with the rewards in the order of the configuration: a fork may have them in another one.
+
+    Raises:
+        ResumeError: rewards are missing.
+    """
+    table = run.candidates.read_table(f"{chunk_name(chunk)}.parquet")
+    rewards = [field.name for field in schemas.reward_fields(config.rewards)]
+    if lacking := [name for name in rewards if name not in table.column_names]:
+        raise ResumeError(
+            f"{chunk_name(chunk)} of {run.candidates.uri!r} has no {lacking[0]}, although it is recorded as scored; remove "
+            f"ledger/{SCORE}/{chunk_name(chunk)}.json and run again to score it"
+        )
+    return table.select([*(name for name in table.column_names if name not in rewards), *rewards])
+
+
 def select_chunk(items: pa.Table, run: RunDir, config: Config, fitted: Fitted) -> pa.Table:
     """Selects the pairs of one chunk and commits them with its drops."""
     (chunk,) = items.column("chunk").to_pylist()
-    groups = run.candidates.read_table(f"{chunk_name(chunk)}.parquet")
+    groups = _scored_groups(run, config, chunk)
     selected = select_pairs(groups, config.selection, fitted)
     counts = {"paired": selected.num_paired, **Counter(selected.drops.column("reason").to_pylist())}
     chosen = _policies_of_pairs(groups, selected.pairs) if config.generation.policies else {}
@@ -329,7 +353,7 @@ def _policies_of_pairs(groups: pa.Table, pairs: pa.Table) -> dict[str, int]:
 def summarize_chunk(items: pa.Table, run: RunDir, config: Config, fitted: Fitted | None) -> pa.Table:
     """Summary of one chunk's rewards, for the numbers about the whole data; see `summarize`."""
     (chunk,) = items.column("chunk").to_pylist()
-    summary = summarize(run.candidates.read_table(f"{chunk_name(chunk)}.parquet"), config.selection, fitted)
+    summary = summarize(_scored_groups(run, config, chunk), config.selection, fitted)
     return pa.table({"summary": [summary.to_bytes()]})
 
 
@@ -382,13 +406,14 @@ def select(config: Config, run: RunDir, session: Session | None, ended: str | No
 
     scored = sorted(run.ledger.done(SCORE))
     known = run.manifest().get("selection")
-    if known is None or known["chunks"] != len(scored):
+    chunks = f"{len(scored)}-{hashlib.blake2b(repr(scored).encode(), digest_size=8).hexdigest()}"
+    if known is None or known["chunks"] != chunks:
         # The numbers about all the data are of all there is now; pairs that an ended budget had selected from less are selected again.
         for chunk in run.ledger.done(SELECT):
             run.ledger.give_back(SELECT, chunk)
         todo = scored
         fitted = fit(measure(), config.selection, measure) if needs_fit(config.selection) else Fitted()
-        run.update_manifest(selection={**fitted.as_dict(), "chunks": len(scored)})
+        run.update_manifest(selection={**fitted.as_dict(), "chunks": chunks})
     else:
         fitted = fitted_of(run)
     sizes = groups_in(config, run)

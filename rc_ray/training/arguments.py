@@ -135,6 +135,10 @@ def check_training(training: TrainingConfig, on_gpu: bool | None = None) -> None
             "leave it out"
         )
     _check_trl(training.trl)
+    if training.trl.get("fp16") and training.dtype != "float32":
+        raise ConfigError(
+            f"training.trl.fp16 = True: with training.dtype = {training.dtype} it would compute in bfloat16, too; set training.dtype: float32"
+        )
     _check_loss(training.losses, training.trl)
     sharding.check_sharding(training, on_gpu)
 

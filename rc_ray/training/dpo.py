@@ -36,7 +36,7 @@ from rc_ray.training.curves import live_words, logp_changes, training_remarks
 from rc_ray.training.pairs import PairCounts
 from rc_ray.training.recipes import objective_weights
 from rc_ray.training.reference import look, pairs_task, reference_logps
-from rc_ray.training.sharding import is_sharded
+from rc_ray.training.sharding import deepspeed_config, is_sharded
 from rc_ray.training.workers import (
     BEGUN,
     Place,
@@ -181,7 +181,7 @@ def train_dpo(
         output.remove(RECORD)
         if training.recipe == "soup":
             done.pop("logp_changes", None)  # of the last model alone
-            _on_a_node(average, train_cpus, models, objective_weights(training, objectives), output)
+            _on_a_node(average, train_cpus, models, objective_weights(training, objectives), output, config.trust_remote_code)
     found = {**asdict(facts), **done, "recipe": training.recipe}
     found["remarks"] = training_remarks(found)
     if (work / RUNS).exists():
@@ -311,14 +311,16 @@ def _on_a_node(function: Any, num_cpus: float, *arguments: Any) -> None:
     ray.get(ray.remote(num_cpus=min(1.0, num_cpus))(function).remote(*arguments))  # type: ignore[attr-defined]
 
 
-def average(models: list[Folder], weights: list[float], output: Folder) -> None:
+def average(models: list[Folder], weights: list[float], output: Folder, trust_remote_code: bool = False) -> None:
     """Writes the weighted mean of policies' weights, one model after the other in memory (rewarded soups, arXiv 2306.04488)."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     mean: Any = None
     for folder, weight in zip(models, weights, strict=True):
-        model = AutoModelForCausalLM.from_pretrained(local_model(folder.uri), dtype=torch.float32, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            local_model(folder.uri), dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
+        )
         with torch.no_grad():
             if mean is None:
                 mean = model
@@ -327,7 +329,7 @@ def average(models: list[Folder], weights: list[float], output: Folder) -> None:
             else:
                 for parameter, other in zip(mean.parameters(), model.parameters(), strict=True):
                     parameter.add_(other, alpha=weight)
-    tokenizer = AutoTokenizer.from_pretrained(local_model(models[0].uri))
+    tokenizer = AutoTokenizer.from_pretrained(local_model(models[0].uri), trust_remote_code=trust_remote_code)
     save(output, mean, tokenizer)
 
 
@@ -336,6 +338,7 @@ def _worker(loop_config: dict[str, Any]) -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback, set_seed
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
     from transformers.trainer_callback import PrinterCallback
 
     from rc_ray.training.lora import finish_lora, lora_of
@@ -422,6 +425,8 @@ def _worker(loop_config: dict[str, Any]) -> None:
             return
         write_policy(trainer, final)
         del trainer
+        if training.trl.get("deepspeed"):  # else ZeRO 3 would wait for all ranks to shard what the first one reads from here on
+            unset_hf_deepspeed_config()
         if "wandb" in training.report_to:
             import wandb
 
@@ -447,6 +452,8 @@ def dpo_config(task: TrainingTask, place: Place) -> Any:
     from rc_ray.training.lora import in_bfloat16
 
     training = task.training
+    given = training.trl.get("deepspeed")
+    sharded = {"deepspeed": deepspeed_config(given)} if given else {}
     return DPOConfig(
         output_dir=str(place.shared),
         per_device_train_batch_size=training.per_device_batch_size,
@@ -471,5 +478,5 @@ def dpo_config(task: TrainingTask, place: Place) -> Any:
         disable_tqdm=True,
         seed=task.seed,
         precompute_ref_log_probs=True,
-        **({"lr_scheduler_type": "linear"} | training.trl),
+        **({"lr_scheduler_type": "linear"} | training.trl | sharded),
     )

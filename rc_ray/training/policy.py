@@ -32,6 +32,21 @@ def load_policy(path: str, training: TrainingConfig, on_gpu: bool, **options: An
     return AutoModelForCausalLM.from_pretrained(path, dtype=weights_dtype(training, on_gpu), use_safetensors=True, **options)
 
 
+def load_whole(model: Any, checkpoint: str) -> None:
+    """Puts the weights of a checkpoint into a model, by the names that they have in files.
+
+    Those of some models (mixtures of experts, say) are others than in memory, and Hugging Face's trainer, which takes them as they are, would
+    leave such weights as they were, with a warning (transformers 5.19).
+
+    Raises:
+        ClusterError: the checkpoint lacks weights.
+    """
+    loaded, found = type(model).from_pretrained(checkpoint, dtype=model.dtype, use_safetensors=True, output_loading_info=True)
+    if found["missing_keys"]:
+        raise ClusterError(f"the checkpoint {checkpoint!r} lacks weights: {', '.join(sorted(found['missing_keys'])[:5])}")
+    model.load_state_dict(loaded.state_dict())
+
+
 def copy_policy(checkpoint: Path, folder: Path) -> None:
     """Writes the policy of a checkpoint, without what going on needs beside it: weights, or a LoRA's, their configuration and the tokenizer.
 
@@ -39,7 +54,9 @@ def copy_policy(checkpoint: Path, folder: Path) -> None:
         ClusterError: the checkpoint has no whole weights.
     """
     files = [
-        file for pattern in ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt") for file in checkpoint.glob(pattern)
+        file
+        for pattern in ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
+        for file in checkpoint.glob(pattern)
     ]
     if not any(file.suffix == ".safetensors" for file in files):
         raise ClusterError(

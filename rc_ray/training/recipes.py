@@ -35,12 +35,15 @@ GOAL_STEPS = 10
 GOAL = "The answer should get these scores out of 10: {}."
 
 
-def objective_losses(delta: torch.Tensor, differences: torch.Tensor, beta: float) -> torch.Tensor:
+def objective_losses(delta: torch.Tensor, differences: torch.Tensor, beta: float, shares: torch.Tensor) -> torch.Tensor:
     """L_k = mean of -log sigma(beta s_k Delta) over the pairs that objective k orders; 0 where there is none.
+
+    Divided is by as many pairs as k orders in B on average, so that the mean over batches does not depend on how the data are cut into them.
 
     Args:
         delta: (B,).
         differences: (B, K), d_k of every pair.
+        shares: (K,), of all pairs those that each objective orders.
 
     Returns:
         (K,).
@@ -48,7 +51,7 @@ def objective_losses(delta: torch.Tensor, differences: torch.Tensor, beta: float
     sign = torch.sign(differences)
     ordered = (sign != 0).to(delta.dtype)
     losses = -torch.nn.functional.logsigmoid(beta * sign * delta[:, None]) * ordered
-    return losses.sum(dim=0) / ordered.sum(dim=0).clamp(min=1)
+    return losses.sum(dim=0) / (len(delta) * torch.where(shares > 0, shares, 1.0))
 
 
 def mix_loss(losses: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

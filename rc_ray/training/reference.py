@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -85,6 +86,8 @@ class PairsTask:
     """Whether pairs may be sampled with another template."""
     results: Folder | None = None
     """Where the log-probs go; None: only a look at the pairs."""
+    stall_timeout_s: float = 1800.0
+    """See `ClusterConfig`; some slice has to be ready in this time."""
 
 
 class ReadPairs:
@@ -300,6 +303,7 @@ def pairs_task(config: Config, pairs: Folder, on_gpu: bool, num_threads: int) ->
         reference_revision=training.reference.revision if training.reference.model else config.revision,
         trust_reference_code=training.reference.trust_remote_code if training.reference.model else config.trust_remote_code,
         any_template=training.allow_other_template,
+        stall_timeout_s=config.cluster.stall_timeout_s,
     )
 
 
@@ -321,10 +325,11 @@ def _run(task: PairsTask, num_actors: int, num_cpus: float, num_gpus: float) -> 
     """First row, counts and name of every slice, in any order.
 
     Raises:
-        DataError, ModelError: of an actor.
+        DataError, ModelError: of an actor. ClusterError: actors fail otherwise, as for lack of memory.
     """
     import ray
     from ray.data import ActorPoolStrategy
+    from ray.exceptions import RayError
 
     todo = [{"slice": json.dumps(part.__dict__)} for part in slices(task.pairs, task.recipe)]
     if not todo:
@@ -337,7 +342,18 @@ def _run(task: PairsTask, num_actors: int, num_cpus: float, num_gpus: float) -> 
         num_cpus=num_cpus,
         num_gpus=num_gpus,
     )
-    for row in dataset.iter_rows():
+    dataset.context.execution_no_progress_timeout_s = math.ceil(task.stall_timeout_s)
+    rows = dataset.iter_rows()
+    while True:
+        try:
+            row = next(rows, None)
+        except RayError as error:
+            last = str(error).strip().splitlines()[-1]
+            raise errors.ClusterError(
+                f"reading the pairs failed: {last}\nWhat was read is kept; run the same command again to go on."
+            ) from error
+        if row is None:
+            return
         if row["error"]:
             kind, text = json.loads(row["error"])
             raise getattr(errors, kind)(text)

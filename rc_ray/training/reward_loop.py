@@ -92,12 +92,13 @@ def train_reward_model(
     import torch
     from datasets import Dataset
     from torch.utils.data import Sampler
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
     from transformers.trainer_callback import PrinterCallback
     from transformers.trainer_pt_utils import get_length_grouped_indices
     from transformers.trainer_utils import set_seed
 
     from rc_ray.training.more import EqualWeights, MoreWeights, pair_losses
+    from rc_ray.training.policy import load_whole
     from rc_ray.training.workers import checkpoint_callback
 
     set_seed(options.seed)
@@ -128,6 +129,13 @@ def train_reward_model(
     class PreferenceTrainer(Trainer):
         def _get_train_sampler(self, *_: Any) -> ByLength:
             return ByLength(self.args.train_batch_size * self.args.gradient_accumulation_steps)
+
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            model = self.model if model is None else model
+            if isinstance(model, PreTrainedModel):
+                load_whole(model, resume_from_checkpoint)
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
         def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
             margins = inputs.pop("margins")
@@ -205,7 +213,8 @@ def train_reward_model(
         model = trainer.accelerator.unwrap_model(trainer.model)
     weights, conflicts = weigh.facts() if isinstance(weigh, MoreWeights) else (None, None)
     if options.lora_rank:
-        model = model.merge_and_unload()
+        # In one precision, in which what it has learned is not rounded away.
+        model = model.float().merge_and_unload()
     differences = []
     if place is None or place.rank == 0:
         differences = _differences(model, tokenizer, held_out, columns, on_gpu)

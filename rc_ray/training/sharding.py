@@ -65,7 +65,21 @@ def check_sharding(training: TrainingConfig, on_gpu: bool | None) -> None:
             raise ConfigError(
                 "training.trl.deepspeed: needs the package deepspeed; `pip install deepspeed` here and on all nodes"
             )
-        _check_deepspeed(_read("deepspeed", given["deepspeed"]))
+        stage = _check_deepspeed(_read("deepspeed", given["deepspeed"]))
+        if stage == 3 and training.quantization != "none":
+            raise ConfigError(
+                f"training.quantization = {training.quantization!r}: cannot be sharded by DeepSpeed's stage 3; leave one of them out, or take fsdp"
+            )
+        if training.min_workers not in (None, training.num_workers):
+            raise ConfigError(
+                f"training.min_workers = {training.min_workers}: DeepSpeed goes on from a checkpoint with as many workers as wrote it; leave it out"
+            )
+
+
+def deepspeed_config(given: Any) -> dict[str, Any]:
+    """DeepSpeed's configuration, in which what other options set, and it would take its own values for, is filled in by transformers."""
+    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    return {**dict.fromkeys(names, "auto"), **_read("deepspeed", given)}
 
 
 def _read(field: str, value: Any) -> dict[str, Any]:
@@ -94,7 +108,8 @@ def _check_fsdp(switch: Any, given: dict[str, Any], gradient_checkpointing: bool
             raise ConfigError(f"{field}: training.gradient_checkpointing does the same; set one of them")
 
 
-def _check_deepspeed(given: dict[str, Any]) -> None:
+def _check_deepspeed(given: dict[str, Any]) -> int:
+    """Returns the stage of ZeRO."""
     zero = given.get("zero_optimization", {})
     if not isinstance(zero, dict):
         raise ConfigError(f"training.trl.deepspeed.zero_optimization = {zero!r}: must be a mapping")
@@ -113,3 +128,4 @@ def _check_deepspeed(given: dict[str, Any]) -> None:
             value = value.get(key) if isinstance(value, dict) else None
         if value not in (None, "auto"):
             raise ConfigError(f'training.trl.deepspeed.{path} = {value!r}: is set by {option}; leave it out, or write "auto"')
+    return int(stage)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from trl import DPOTrainer
 from trl.trainer import dpo_trainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from rc_ray.config import TrainingConfig
 from rc_ray.training.arguments import OWN_LOSS
+from rc_ray.training.policy import load_whole
 from rc_ray.training.recipes import mix_loss, modpo_loss, objective_losses, objective_weights, raco_coefficients
 
 # Of all weights, for the name of a cache of log-probs that is not used here.
@@ -44,6 +46,8 @@ class ReferenceDPOTrainer(DPOTrainer):  # type: ignore[misc]
         finally:
             dpo_trainer.create_model_from_path = load
         if self._own_loss:
+            differences = torch.tensor(kwargs["train_dataset"]["differences"][:]).reshape(-1, len(objectives))
+            self._shares = (differences != 0).float().mean(dim=0)
             given: Any = self.data_collator  # type: ignore[has-type]
             self.data_collator = Collator(pad_token_id=given.pad_token_id, max_length=given.max_length)
 
@@ -52,6 +56,17 @@ class ReferenceDPOTrainer(DPOTrainer):  # type: ignore[misc]
 
     def _precompute_ref_logps(self, dataset: Any, *_: Any, **__: Any) -> Any:
         return dataset
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        model = self.model if model is None else model
+        if isinstance(model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            load_whole(model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _prepare_input(self, data: Any) -> Any:
+        # With DeepSpeed transformers would round log-probs to the precision that the policy computes in.
+        return data.to(self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -97,7 +112,7 @@ class ReferenceDPOTrainer(DPOTrainer):  # type: ignore[misc]
         if training.recipe == "modpo":
             assert training.primary is not None
             return modpo_loss(delta, differences, weights, self._objectives.index(training.primary), training.beta)
-        losses = objective_losses(delta, differences, training.beta)
+        losses = objective_losses(delta, differences, training.beta, self._shares.to(delta.device))
         for name, loss in zip(self._objectives, losses, strict=True):
             self._note(f"loss/{name}", loss[None])
         if training.recipe == "raco" and model.training:

@@ -197,6 +197,8 @@ def checkpoint_callback(place: Place) -> Any:
             ray.train.report(
                 {"step": state.global_step}, checkpoint=checkpoint, checkpoint_dir_name=f"{CHECKPOINT}{state.global_step:06d}"
             )
+            if place.local_rank == 0 and place.rank != 0:  # the trainer removes old ones on the first node only
+                shutil.rmtree(source)
             torch.distributed.barrier()
 
     return ReportToRay()

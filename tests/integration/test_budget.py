@@ -12,8 +12,10 @@ import pytest
 
 import rc_ray
 from rc_ray.errors import ClusterError
+from rc_ray.ledger import rundir
+from rc_ray.pipeline import stages
 from rc_ray.pipeline.graph import BLOCKS_PER_ENGINE
-from rc_ray.pipeline.run import RunResult
+from rc_ray.pipeline.run import RunResult, run_stage
 
 NUM_PROMPTS = 60
 
@@ -42,7 +44,9 @@ def outcome(folder: str) -> Any:
     return pairs.select(["prompt_id", "chosen_index", "rejected_index", "chosen", "rejected", "gap"]).to_pylist()
 
 
-def test_a_budget_ends_the_run_and_a_larger_one_goes_on_to_the_same_output(config: dict[str, Any]) -> None:
+def test_a_budget_ends_the_run_and_a_larger_one_goes_on_to_the_same_output(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, lines = run(config, "budget.target_pairs=5")
     identity = first.metrics["identity"]
     # Beyond the budget: what the engine holds, and what waits for its rewards, however slow these are.
@@ -56,6 +60,17 @@ def test_a_budget_ends_the_run_and_a_larger_one_goes_on_to_the_same_output(confi
     tokens = first.metrics["sampling"]["tokens"]
     second, _ = run(config, f"budget.max_generated_tokens={tokens + 100}")
     assert second.metrics["identity"]["not_sampled"] < identity["not_sampled"]
+    run_dir = rundir.open_existing(config["output"])
+    assert "max_generated_tokens" in run_dir.manifest()["ended"]
+
+    def dies(*_: Any) -> None:
+        raise SystemExit("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "sample_and_score", dies)
+        with pytest.raises(SystemExit):
+            run(config)
+    assert run_dir.manifest()["ended"] is None, "`rc-ray train` would take less than there is for what was to be trained on"
     whole, lines = run(config)
     assert whole.metrics["identity"]["not_sampled"] == 0
     assert whole.metrics["training"]["steps"] == 1
@@ -82,10 +97,17 @@ def test_a_deadline_that_has_passed_samples_nothing(config: dict[str, Any], tmp_
     assert any("budget.deadline = 2020-01-01T00:00:00+00:00 has passed" in line for line in lines)
 
 
-def test_training_on_what_there_is_settles_the_prompts(config: dict[str, Any], tmp_path: Path) -> None:
-    config = config | {"output": str(tmp_path / "run")}
+def test_training_on_what_there_is_settles_the_prompts(
+    config: dict[str, Any], tiny_config: dict[str, Any], tmp_path: Path
+) -> None:
+    config = config | {"output": str(tmp_path / "run"), "evaluation": tiny_config["evaluation"]}
     run(config, "budget.target_pairs=5")
     rc_ray.train(config, overrides=["budget.target_pairs=5"])
     assert (tmp_path / "run" / "model" / "config.json").exists()
+    # Its configuration has no budget.
+    run_stage(str(tmp_path / "run"), "evaluate", lambda _: None)
+    result, lines = run(config, "budget.target_pairs=5")
+    assert result.metrics["evaluation"]["num_prompts"] > 0
+    assert not any(line.startswith("ray ") for line in lines), "it was evaluated again"
     with pytest.raises(rc_ray.ResumeError, match="was trained on the pairs of the prompts sampled so far"):
         rc_ray.run(config, emit=lambda _: None)

@@ -8,12 +8,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 import rc_ray
 from rc_ray.config import SelectionConfig, load_config
 from rc_ray.core.selection import fit_selection, select_pairs
 from rc_ray.errors import ResumeError
 from rc_ray.ledger import rundir
+from rc_ray.pipeline.stages import check, prepare
 from tests.conftest import FinishedRun, sampling_counts
 
 
@@ -77,6 +79,48 @@ def test_another_reward_is_scored_alone(finished_run: FinishedRun, tmp_path: Pat
     assert candidates(folder, *kept) == candidates(finished_run.folder, *kept)
     for group in candidates(folder, "reward.length"):
         assert group["reward.length"] == [-abs(len(c["text"].split()) - 1) for c in group["candidates"]]
+
+
+def test_rewards_stay_where_a_later_session_has_other_phases_and_another_order(
+    finished_run: FinishedRun, tmp_path: Path
+) -> None:
+    folder, _ = forked(finished_run, tmp_path / "run")
+    columns = ["reward.helpful", "reward.harmless", "reward.length"]
+    before, pairs = candidates(folder, *columns), pq.read_table(folder / "pairs").sort_by("prompt_id")
+    for stage in ("score", "select"):
+        (folder / "ledger" / stage / "chunk-000001.json").unlink()
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["rewards"] = {name: {**reward, "pool": {"num_cpus": 5}} for name, reward in reversed(config["rewards"].items())}
+    lines: list[str] = []
+    rc_ray.run(config, emit=lines.append)
+    assert any("one reward after the other" in line for line in lines), "they were scored together"
+    for one, other in zip(candidates(folder, *columns), before, strict=True):
+        assert one["candidates"] == other["candidates"]
+        for column in columns:
+            assert one[column] == pytest.approx(other[column], abs=1e-5)
+    again = pq.read_table(folder / "pairs").sort_by("prompt_id")
+    assert again.column("prompt_id") == pairs.column("prompt_id")
+    (names,) = {tuple(pq.read_schema(file).field("rewards_chosen").type.names) for file in (folder / "pairs").glob("*.parquet")}
+    assert names == ("helpful", "harmless", "length")
+
+
+def test_a_run_that_has_begun_with_other_chunks_takes_none_over(finished_run: FinishedRun, tmp_path: Path) -> None:
+    config = copy.deepcopy(finished_run.config) | {"training": {"enabled": False}, "evaluation": {}}
+    config |= {"output": str(tmp_path / "run"), "cluster": {"chunk_size": 5}}
+    prepare(load_config(config), check(load_config(config)), lambda _: None)
+    with pytest.raises(ResumeError, match="split into other chunks"):
+        rc_ray.run(config, fork_from=str(finished_run.folder), emit=lambda _: None)
+
+
+def test_held_out_prompts_that_are_all_trained_on_are_named_before_anything_runs(
+    finished_run: FinishedRun, tmp_path: Path
+) -> None:
+    config = copy.deepcopy(finished_run.config) | {"output": str(tmp_path / "run")}
+    config["evaluation"] = {"prompts": config["prompts"]}
+    with pytest.raises(
+        rc_ray.DataError, match=r"evaluation\.prompts\.path = .*none of its 38 rows is left.*in_training_prompts"
+    ):
+        rc_ray.run(config, emit=lambda _: None)
 
 
 def test_other_candidates_are_not_taken_over(finished_run: FinishedRun, tmp_path: Path) -> None:

@@ -184,6 +184,19 @@ def test_only_chunks_with_a_record_are_done(tmp_path: Path) -> None:
     assert data.read_table("chunk-000012.parquet") == TABLE
 
 
+def test_an_empty_file_is_none(tmp_path: Path) -> None:
+    (tmp_path / "score").mkdir()
+    (tmp_path / "score" / f"{chunk_name(3)}.json").touch()
+    (tmp_path / "score" / "finished.json").touch()
+    ledger = Ledger(Folder.at(tmp_path))
+    assert (ledger.done("score"), ledger.has("score", 3), ledger.is_finished("score")) == (set(), False, False)
+    assert ledger.totals("score") == {}
+    assert Folder.at(tmp_path / "score").is_empty()
+    (tmp_path / "manifest.json").touch()
+    config = config_for(tmp_path / "score")
+    assert rundir.create(config, HASHES).manifest()["fingerprint"] == rundir.fingerprint(config)
+
+
 def test_the_record_comes_after_all_data_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = Ledger(Folder.at(tmp_path / "ledger"))
     pairs, drops = Folder.at(tmp_path / "pairs"), Folder.at(tmp_path / "drops")

@@ -157,6 +157,13 @@ def test_gpus_that_are_not_together_are_not_counted_together() -> None:
     plan = make_plan(shares, cpus=32, gpus=2)
     assert (plan.mode, plan.phases) == ("phased", [["generation"], ["helpful", "harmless", "length"]])
     assert "need 1 x 0.6 + 1 x 0.6 + 1 x 0.6 GPUs at once and have no room on nodes with 2" in plan.mode_reason
+    # 3 x 0.2 + 0.3 + 0.1 is a little more than 1 in floating point.
+    tenths = [
+        "generation.pool={size: 3, num_gpus: 0.2}",
+        "rewards.helpful.pool.num_gpus=0.3",
+        "rewards.harmless.pool.num_gpus=0.1",
+    ]
+    assert make_plan(config("training.enabled=false", *tenths), cpus=32, gpus=1).mode == "streaming"
     # An engine may be spread over nodes, a reward model may not.
     engine = "training.enabled=false", "generation.engine={tensor_parallel_size: 2}"
     assert make_plan(config(*engine), cpus=32, gpus=4, gpus_per_node=[1] * 4).across_nodes

@@ -18,6 +18,7 @@ BETA = 0.5
 THETA = (0.8, -0.4)
 # Rewards of the first answer less those of the second, of two objectives: they disagree on the second prompt, and the second ties on the first.
 DIFFERENCES = [[1.0, 0.0], [2.0, -3.0]]
+SHARES = torch.tensor([1.0, 0.5])
 
 
 def softplus(x: float) -> float:
@@ -35,13 +36,24 @@ def test_losses_of_the_objectives() -> None:
     _, delta = policy()
     first = (softplus(-0.5 * 0.8) + softplus(0.5 * 0.4)) / 2
     second = softplus(0.5 * -0.4)  # the only pair that it orders, the other way round
-    assert objective_losses(delta, torch.tensor(DIFFERENCES), BETA).tolist() == pytest.approx([first, second])
-    assert objective_losses(delta, torch.zeros(2, 1), BETA).tolist() == [0.0]
+    assert objective_losses(delta, torch.tensor(DIFFERENCES), BETA, SHARES).tolist() == pytest.approx([first, second])
+    assert objective_losses(delta, torch.zeros(2, 1), BETA, torch.zeros(1)).tolist() == [0.0]
+
+
+def test_losses_do_not_depend_on_how_pairs_are_cut_into_batches() -> None:
+    generator = torch.Generator().manual_seed(0)
+    delta = torch.randn(12, generator=generator)
+    differences = torch.randint(-1, 2, (12, 3), generator=generator).float()
+    shares = (differences != 0).float().mean(dim=0)
+    whole = objective_losses(delta, differences, BETA, shares)
+    for size in (1, 2, 4):
+        parts = [objective_losses(d, e, BETA, shares) for d, e in zip(delta.split(size), differences.split(size), strict=True)]
+        assert torch.stack(parts).mean(dim=0).tolist() == pytest.approx(whole.tolist())
 
 
 def test_mix() -> None:
     theta, delta = policy()
-    loss = mix_loss(objective_losses(delta, torch.tensor(DIFFERENCES), BETA), torch.tensor([0.25, 0.75]))
+    loss = mix_loss(objective_losses(delta, torch.tensor(DIFFERENCES), BETA, SHARES), torch.tensor([0.25, 0.75]))
     assert loss.item() == pytest.approx(0.25 * (softplus(-0.4) + softplus(0.2)) / 2 + 0.75 * softplus(-0.2))
     loss.backward()
     sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
@@ -58,7 +70,7 @@ def test_modpo_takes_the_other_objectives_as_margins() -> None:
     first, second = (0.5 * 0.8 - 0.0) / 0.4, (0.5 * -0.4 + 1.8) / 0.4
     assert loss.item() == pytest.approx((softplus(-first) + softplus(-second)) / 2)
     alone = modpo_loss(delta, torch.tensor(DIFFERENCES), torch.tensor([1.0, 0.0]), 0, BETA)
-    assert alone.item() == pytest.approx(objective_losses(delta, torch.tensor(DIFFERENCES), BETA)[0].item())
+    assert alone.item() == pytest.approx(objective_losses(delta, torch.tensor(DIFFERENCES), BETA, SHARES)[0].item())
 
 
 def by_search(gradients: Any, weights: Any, conflict: float) -> Any:

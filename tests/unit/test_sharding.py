@@ -12,7 +12,8 @@ from rc_ray.config import TrainingConfig
 from rc_ray.errors import ClusterError, ConfigError
 from rc_ray.training import sharding
 from rc_ray.training.arguments import check_training
-from rc_ray.training.policy import copy_policy
+from rc_ray.training.policy import copy_policy, load_whole
+from rc_ray.training.sharding import deepspeed_config
 
 GATHER = "stage3_gather_16bit_weights_on_model_save"
 
@@ -74,6 +75,41 @@ def test_options_that_exclude_each_other() -> None:
     check_training(TrainingConfig(trl=checkpointing), on_gpu=True)
     with pytest.raises(ConfigError, match=r"training\.gradient_checkpointing does the same"):
         check_training(TrainingConfig(trl=checkpointing, gradient_checkpointing=True), on_gpu=True)
+
+
+def test_what_deepspeed_cannot_do() -> None:
+    zero = {"deepspeed": {"zero_optimization": {"stage": 3, GATHER: True}}}
+    with pytest.raises(ConfigError, match=r"min_workers = 1: DeepSpeed goes on .* with as many workers"):
+        check_training(TrainingConfig(trl=zero, num_workers=2, min_workers=1), on_gpu=True)
+    with pytest.raises(ConfigError, match="quantization = '4bit': cannot be sharded by DeepSpeed's stage 3"):
+        check_training(TrainingConfig(trl=zero, quantization="4bit", lora_rank=4), on_gpu=True)
+    with pytest.raises(ConfigError, match=r"fp16 = True: .*set training\.dtype: float32"):
+        check_training(TrainingConfig(trl={"fp16": True}), on_gpu=True)
+
+
+def test_what_deepspeed_would_choose_by_itself_is_what_other_options_say() -> None:
+    filled = deepspeed_config({"zero_optimization": {"stage": 2}, "gradient_clipping": 0.5})
+    assert filled["gradient_clipping"] == 0.5
+    assert {filled[f"train_{name}"] for name in ("batch_size", "micro_batch_size_per_gpu")} == {"auto"}
+    assert filled["gradient_accumulation_steps"] == "auto"
+
+
+def test_weights_that_files_name_otherwise_come_back(tmp_path: Path) -> None:
+    import torch
+    from safetensors import safe_open
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
+    model = OlmoeForCausalLM(OlmoeConfig(**sizes, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, pad_token_id=0))
+    model.save_pretrained(tmp_path)
+    saved = {name: weights.clone() for name, weights in model.state_dict().items()}
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert set(file.keys()) != set(saved), "the trainer's own way would do, too"
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    load_whole(model, str(tmp_path))
+    assert all(torch.equal(weights, saved[name]) for name, weights in model.state_dict().items())
 
 
 def test_deepspeed_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
