@@ -138,6 +138,16 @@ def test_a_lora_is_merged_and_changes_no_layer_by_more_than_its_rank(
     assert all(int(torch.linalg.matrix_rank(tuned[name] - base[name], atol=1e-4)) <= 2 for name in linear)
 
 
+def test_a_lora_that_was_trained_in_bfloat16_is_merged_without_rounding(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result, output = train(folder, tmp_path, monkeypatch, lora_rank=2, lora_alpha=8, learning_rate=5e-3, dtype="bfloat16")
+    assert all(s.accuracy > 0.9 for s in result.sets.values())
+    tuned = AutoModelForSequenceClassification.from_pretrained(output, dtype="auto").state_dict()
+    assert {weights.dtype for weights in tuned.values()} == {torch.float32}
+    assert any(not torch.equal(weights, weights.bfloat16().float()) for name, weights in tuned.items() if "q_proj" in name)
+
+
 def test_another_training_in_the_same_place_is_refused_with_the_difference(folder: Path, tmp_path: Path) -> None:
     given = load_reward_training(options(folder))
     output = tmp_path / "model"
