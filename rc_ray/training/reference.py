@@ -343,18 +343,14 @@ def _run(task: PairsTask, num_actors: int, num_cpus: float, num_gpus: float) -> 
         num_gpus=num_gpus,
     )
     dataset.context.execution_no_progress_timeout_s = math.ceil(task.stall_timeout_s)
-    rows = dataset.iter_rows()
-    while True:
-        try:
-            row = next(rows, None)
-        except RayError as error:
-            last = str(error).strip().splitlines()[-1]
-            raise errors.ClusterError(
-                f"reading the pairs failed: {last}\nWhat was read is kept; run the same command again to go on."
-            ) from error
-        if row is None:
-            return
-        if row["error"]:
-            kind, text = json.loads(row["error"])
-            raise getattr(errors, kind)(text)
-        yield int(row["first"]), PairCounts(**json.loads(row["counts"])), str(row["name"])
+    try:
+        for row in dataset.iter_rows():
+            if row["error"]:
+                kind, text = json.loads(row["error"])
+                raise getattr(errors, kind)(text)
+            yield int(row["first"]), PairCounts(**json.loads(row["counts"])), str(row["name"])
+    except RayError as error:
+        last = str(error).strip().splitlines()[-1]
+        raise errors.ClusterError(
+            f"reading the pairs failed: {last}\nWhat was read is kept; run the same command again to go on."
+        ) from error
