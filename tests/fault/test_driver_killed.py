@@ -55,7 +55,7 @@ def test_a_run_killed_at_random_moments_resumes_and_repeats_nothing(
 def test_prompts_that_were_to_get_more_answers_get_them_after_a_kill(
     config: dict[str, Any], driver: StartDriver, tmp_path: Path
 ) -> None:
-    config["generation"] |= {"num_candidates": 2, "max_candidates": 8}
+    config["generation"] |= {"num_candidates": 2, "max_candidates": 4, "max_tokens": 24}
     undisturbed = driver({**config, "output": str(tmp_path / "undisturbed")})
     undisturbed.finished()
     assert len({len(group["candidates"]) for group in outcome(undisturbed.folder).groups}) > 1
