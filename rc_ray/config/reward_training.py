@@ -85,7 +85,7 @@ class RewardTrainingConfig(Section):
     max_failures: int = deployment(3, ge=0)
     """Worker failures after which training gives up; each restarts from the last checkpoint."""
 
-    seed: int = Field(0, ge=0, lt=1 << 31)
+    seed: int = Field(0, ge=0, lt=1 << 32)
     """Seed of the split, the order and the first weights of the logits."""
 
     @model_validator(mode="after")

@@ -162,6 +162,11 @@ class GenerationConfig(Section):
         return self
 
     @property
+    def most_candidates(self) -> int:
+        """Answers that a prompt gets at most."""
+        return self.max_candidates or self.num_candidates
+
+    @property
     def devices_per_engine(self) -> int:
         """Devices one engine needs: tensor x pipeline parallel size."""
         tensor, pipeline = (self.engine.get(name, 1) for name in PARALLEL_SIZES)
@@ -294,12 +299,13 @@ class Config(Section):
     """Git revision of a Hub policy."""
 
     trust_remote_code: bool = False
-    """Run Python code from the policy's repository, and from that of a model given to `rc-ray evaluate`. Off unless you trust this one model."""
+    """Run Python code from the policy's repository, from those of adapters on it, and from that of a model given to `rc-ray evaluate`. Off unless you
+    trust them."""
 
     output: str = deployment()
     """The run directory: a path, or any URI that pyarrow reads (s3://, gs://, ...). Every node must reach it."""
 
-    seed: int = Field(0, ge=0, lt=1 << 31)
+    seed: int = Field(0, ge=0, lt=1 << 32)
     """Seed of the whole run: sampling, training and bootstrap derive theirs from it."""
 
     prompts: PromptsConfig
@@ -366,6 +372,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _rounds(self) -> Config:
         rounds, policies = self.rounds, self.generation.policies.values()
+        if self.seed + rounds.number > 1 << 32:
+            raise ValueError(f"the last round's seed, {self.seed + rounds.number - 1}, is more than NumPy takes; lower seed")
         if rounds.number > 1 and not self.training.enabled:
             raise ValueError(
                 "rounds goes on with the trained policy, but training.enabled is false; enable it, or leave rounds out"

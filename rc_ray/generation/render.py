@@ -28,8 +28,7 @@ class PromptRenderer:
         from transformers import AutoTokenizer
 
         if adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file():
-            # The switch is of the model alone.
-            model, revision, trust_remote_code = adapter, None, False
+            model, revision = adapter, None
         self.tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
         if not self.tokenizer.chat_template:
             raise ModelError(

@@ -84,7 +84,7 @@ class DriverLock:
         self._stop.set()
         self._thread.join()
         # Where the lock cannot be removed (a full or read-only disk), that is not the error to show; it counts as stale later.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, DataError):
             found = self._read()
             if found is not None and found["token"] == self._mine["token"]:
                 self._folder.remove(LOCK_NAME)

@@ -44,6 +44,10 @@ def fork(source: str, config: Config, hashes: dict[str, str], emit: Callable[[st
     before, now = old.result_fields(), result_fields(config)
     kept = _check(before, now, manifest["data_hashes"], hashes, source)
     run = rundir.create(config, hashes)
+    if run.ledger.is_finished(PROMPTS) and run.ledger.facts(PROMPTS) != old.ledger.facts(PROMPTS):
+        raise ResumeError(
+            f"output = {config.output!r}: its prompts are split into other chunks than those of {source!r}; give a new output"
+        )
     run.update_manifest(forked_from={"run": old.root.uri, "fingerprint": manifest["fingerprint"]})
     if "models" in manifest:  # the run refuses to go on where a model is another one by now
         names = model_names(config, kept)
@@ -54,10 +58,6 @@ def fork(source: str, config: Config, hashes: dict[str, str], emit: Callable[[st
         _copy(old.prompts, run.prompts, old.prompts.names(".parquet"))
         _copy(old.drops, run.drops, ["prompts.parquet"])
         run.ledger.finish(PROMPTS, old.ledger.facts(PROMPTS))
-    elif run.ledger.facts(PROMPTS) != old.ledger.facts(PROMPTS):
-        raise ResumeError(
-            f"output = {config.output!r}: its prompts are split into other chunks than those of {source!r}; give a new output"
-        )
     sampled, scored = old.ledger.done(SAMPLE), old.ledger.done(SCORE)
     all_rewards = kept == list(now["rewards"]) and now["rewards"].keys() == before["rewards"].keys()
     of_stages = {name: scored | old.ledger.done(f"{SCORE}_{name}") for name in kept}

@@ -397,11 +397,12 @@ def computing(what: str, advice: str = "") -> Iterator[None]:
     Raises:
         ClusterError: Ray raised something; its first cause is named.
     """
+    from ray.data.exceptions import ExecutionTimeoutError
     from ray.exceptions import RayError
 
     try:
         yield
-    except RayError as error:
+    except (RayError, ExecutionTimeoutError) as error:
         raise ClusterError(f"{what} failed: {innermost(error)}{advice}") from error
 
 

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from rc_ray.config import BudgetConfig, Config, GenerationConfig, RoundsConfig, load_config, result_fields
+from rc_ray.config import BudgetConfig, Config, GenerationConfig, load_config, result_fields
 from rc_ray.core import schemas
 from rc_ray.core.ids import canonical_json, prompt_id
 from rc_ray.core.selection import fit_selection, select_pairs
@@ -123,11 +123,14 @@ def pilot(
     Raises:
         RcRayError: as `run`. DataError: there is no prompt.
     """
+    from rc_ray.pipeline.rounds import round_config
     from rc_ray.pipeline.run import run
 
     resolved = load_config(config, overrides)
+    if resolved.rounds.number > 1:
+        resolved = round_config(resolved, 1, None)
     chosen, total = _draw(resolved, num_prompts)
-    most = resolved.generation.max_candidates or resolved.generation.num_candidates
+    most = resolved.generation.most_candidates
     place = Folder.at(resolved.output).beside("-pilot")
     small = resolved.model_copy(
         update={
@@ -137,7 +140,6 @@ def pilot(
             "training": type(resolved.training)(enabled=False),
             "evaluation": type(resolved.evaluation)(),
             "budget": BudgetConfig(),
-            "rounds": RoundsConfig(),
             "cluster": resolved.cluster.model_copy(
                 update={"chunk_size": max(1, min(resolved.cluster.chunk_size, len(chosen) // FEWEST_CHUNKS))}
             ),

@@ -260,7 +260,7 @@ def _fit(
                 f"{names} need {needed:g} GPUs at once and the cluster has {gpus:g}; lower generation.pool.size or "
                 "rewards.<name>.pool.num_gpus (fractions share a GPU), or add GPUs"
             )
-        if not _hold(gpus_per_node, _shares([pools[name] for name in phase])):
+        if not _hold(gpus_per_node, _shares(config, [pools[name] for name in phase], gpus_per_node)):
             shares = " + ".join(f"{pools[name].size} x {pools[name].num_gpus:g}" for name in phase if pools[name].num_gpus)
             raise ClusterError(
                 f"{names} need {shares} GPUs at once and have no room on nodes with {', '.join(f'{n:g}' for n in gpus_per_node)}, since an actor's GPUs are "
@@ -289,13 +289,20 @@ def _fit(
     return pools, task_cpus
 
 
-def _shares(pools: list[Pool]) -> list[float]:
-    """GPUs that must be together, of every actor; of engines, which may be spread over nodes (see `_placement`), one each."""
+def _shares(config: Config, pools: list[Pool], gpus_per_node: Sequence[float]) -> list[float]:
+    """GPUs that must be together, of every actor; of engines that are spread over nodes, one each."""
     shares: list[float] = []
+    engines = [pool for pool in pools if is_generation(pool.name)]
     for pool in pools:
-        many = pool.num_gpus > 1 and is_generation(pool.name)
-        shares += [1.0] * round(pool.total_gpus) if many else [pool.num_gpus] * pool.size
+        spread = pool in engines and pool.num_gpus >= 1 and not _on_one_node(config, pool, len(engines), gpus_per_node)
+        shares += [1.0] * round(pool.total_gpus) if spread else [pool.num_gpus] * pool.size
     return shares
+
+
+def _on_one_node(config: Config, pool: Pool, num_pools: int, gpus_per_node: Sequence[float]) -> bool:
+    """Whether the GPUs of each engine are on one node: as long as nodes hold so many engines, and Ray is not asked to run their workers."""
+    held = sum(int(n // round(pool.num_gpus)) for n in gpus_per_node)
+    return config.generation.engine.get("distributed_executor_backend") != "ray" and held >= num_pools * pool.size
 
 
 def _hold(gpus_per_node: Sequence[float], shares: list[float]) -> bool:

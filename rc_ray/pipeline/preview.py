@@ -58,7 +58,7 @@ class Preview:
         ]
         shown.append(f"prompts      {self.num_prompts} to sample, {self.num_bad_rows} bad or repeated rows")
         shown += [f"policy       {line}" for line in policy_lines(c)]
-        most = most_candidates(c)
+        most = c.generation.most_candidates
         shown.append(
             f"candidates   {'up to ' if c.generation.max_candidates else ''}{self.num_prompts} x {most} = {self.num_prompts * most}, "
             f"at most {self.max_tokens:,} tokens"
@@ -102,7 +102,7 @@ def plan(
             bad += 1
         else:
             seen.add(key)
-    max_tokens = len(seen) * most_candidates(resolved) * resolved.generation.max_tokens
+    max_tokens = len(seen) * resolved.generation.most_candidates * resolved.generation.max_tokens
     members = members_of(resolved)
     sizes = [_parameters(member.model) for member in members]
     weights = [member.weight for member in members]
@@ -120,11 +120,6 @@ def plan(
             f"time assumes {parameters / 1e6:.0f} M parameters and {flops / 1e9:.0f} GFLOP/s sustained, all answers of full length"
         )
     return Preview(resolved, pools, len(seen), bad, max_tokens, seconds, notes)
-
-
-def most_candidates(config: Config) -> int:
-    """Answers that a prompt gets at most."""
-    return config.generation.max_candidates or config.generation.num_candidates
 
 
 def _parameters(model: str) -> int | None:

@@ -133,14 +133,10 @@ def run(
         ended = stages.ended_early(resolved, run_dir)
         if todo:
             emit(f"rc_ray    to do: {', '.join(todo)}")
-            if "sample" in todo and run_dir.manifest().get(
-                "ended"
-            ):  # a kill from now on leaves more than what was to be trained on
-                run_dir.update_manifest(ended=None)
             ended = _run_pending(resolved, run_dir, todo, emit) or ended
         if only in (None, "sample", "score") and run_dir.manifest().get("ended") != ended:
             run_dir.update_manifest(ended=ended)
-        if ended is not None:
+        if ended is not None and not run_dir.ledger.is_finished(stages.TRAIN):
             emit(
                 f"budget    {ended}; the other prompts are not sampled. Go on with a larger budget, or train on what there is: "
                 f"rc-ray train {run_dir.root.uri}"
@@ -226,6 +222,10 @@ def _run_pending(config: Config, run_dir: RunDir, todo: list[str], emit: stages.
             session = stages.Session(plan, board, emit)
             ended = None
             if "sample" in todo or "score" in todo:
+                if "sample" in todo and run_dir.manifest().get(
+                    "ended"
+                ):  # a kill from now on leaves more than was to be trained on
+                    run_dir.update_manifest(ended=None)
                 ended = stages.sample_and_score(config, run_dir, session, "sample" in todo, "score" in todo)
             if "select" in todo:
                 stages.select(config, run_dir, session, ended)

@@ -150,9 +150,9 @@ def prepare(config: Config, hashes: dict[str, str], emit: Emit) -> RunDir:
         cells = sources.read_cells("evaluation.prompts", held_out)
         facts = sources.write_chunks(cells, held_out, run.eval_prompts, run.report / "drops", config.cluster.chunk_size, shared)
         ledger.finish(EVAL_PROMPTS, facts)
-    if evaluates(config) and not (facts := ledger.facts(EVAL_PROMPTS))["prompts"]:
+    if held_out is not None and evaluates(config) and not (facts := ledger.facts(EVAL_PROMPTS))["prompts"]:
         raise DataError(
-            f"evaluation.prompts.path = {held_out.path if held_out else None!r}: none of its {facts['rows']} rows is left to compare the policies on "
+            f"evaluation.prompts.path = {held_out.path!r}: none of its {facts['rows']} rows is left to compare the policies on "
             f"({facts['drops']}); give prompts that are not trained on, or remove evaluation.prompts, and another output"
         )
     return run

@@ -89,7 +89,9 @@ class _Types(dict[str, Any]):
 
 
 def is_a(value: Any, annotation: str) -> bool:
-    """Whether a value read from YAML or JSON is of an annotated type."""
+    """Whether a value read from YAML or JSON is of an annotated type; 0 and 1 are truth values, too."""
+    if "bool" in annotation and value in (0, 1):
+        return True
     expected = eval(annotation, {}, _Types(Literal=Literal))
     try:
         TypeAdapter(expected, config=ConfigDict(strict=True)).validate_python(value)

@@ -329,6 +329,7 @@ def _run(task: PairsTask, num_actors: int, num_cpus: float, num_gpus: float) -> 
     """
     import ray
     from ray.data import ActorPoolStrategy
+    from ray.data.exceptions import ExecutionTimeoutError
     from ray.exceptions import RayError
 
     todo = [{"slice": json.dumps(part.__dict__)} for part in slices(task.pairs, task.recipe)]
@@ -349,8 +350,7 @@ def _run(task: PairsTask, num_actors: int, num_cpus: float, num_gpus: float) -> 
                 kind, text = json.loads(row["error"])
                 raise getattr(errors, kind)(text)
             yield int(row["first"]), PairCounts(**json.loads(row["counts"])), str(row["name"])
-    except RayError as error:
+    except (RayError, ExecutionTimeoutError) as error:
         last = str(error).strip().splitlines()[-1]
-        raise errors.ClusterError(
-            f"reading the pairs failed: {last}\nWhat was read is kept; run the same command again to go on."
-        ) from error
+        kept = "" if task.results is None else "\nWhat was read is kept; run the same command again to go on."
+        raise errors.ClusterError(f"reading the pairs failed: {last}{kept}") from error

@@ -6,6 +6,7 @@ or by MORE (`rc_ray.training.more`).
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -212,12 +213,15 @@ def train_reward_model(
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         model = trainer.accelerator.unwrap_model(trainer.model)
     weights, conflicts = weigh.facts() if isinstance(weigh, MoreWeights) else (None, None)
-    if options.lora_rank:
-        # In one precision, in which what it has learned is not rounded away.
-        model = model.float().merge_and_unload()
     differences = []
     if place is None or place.rank == 0:
-        differences = _differences(model, tokenizer, held_out, columns, on_gpu)
+        judge = model
+        if options.lora_rank:
+            # Not in bfloat16, which would round away what it has learned, and not on a GPU, which may have no room for more than that.
+            judge = model = model.cpu().float().merge_and_unload()
+            if on_gpu:
+                judge = copy.deepcopy(model).to("cuda", weights_dtype(options, on_gpu))
+        differences = _differences(judge, tokenizer, held_out, columns, on_gpu)
     judged = pa.table(
         {
             "set": held_out.column("set"),

@@ -26,6 +26,8 @@ SET_ELSEWHERE = {
     "train_batch_size": "training.global_batch_size", "train_micro_batch_size_per_gpu": "training.per_device_batch_size",
     "gradient_accumulation_steps": "training.global_batch_size", "optimizer.params.lr": "training.learning_rate",
     "scheduler.params.warmup_num_steps": "training.warmup_steps", "scheduler.params.warmup_max_lr": "training.learning_rate",
+    "optimizer.params.betas": "training.trl.adam_beta1 and adam_beta2", "optimizer.params.eps": "training.trl.adam_epsilon",
+    "optimizer.params.weight_decay": "training.trl.weight_decay", "gradient_clipping": "training.trl.max_grad_norm",
     "scheduler.params.total_num_steps": "training.num_epochs", "bf16.enabled": "training.dtype", "fp16.enabled": "training.dtype",
 }  # fmt: skip
 

@@ -59,7 +59,7 @@ def test_prompts_that_were_to_get_more_answers_get_them_after_a_kill(
     undisturbed = driver({**config, "output": str(tmp_path / "undisturbed")})
     undisturbed.finished()
     assert len({len(group["candidates"]) for group in outcome(undisturbed.folder).groups}) > 1
-    for moment in moments(1, NUM_CHUNKS, NUM_LONG):
+    for moment in moments(1, NUM_CHUNKS - 2, NUM_LONG):
         victim = driver(config)
         victim.reach(moment, "sample")
         victim.kill()

@@ -147,6 +147,11 @@ def test_gpus_that_are_not_together_are_not_counted_together() -> None:
         ClusterError, match=r"harmless need 1 x 2 GPUs at once and have no room on nodes with 1, 1, 1, 1, .*; lower"
     ):
         make_plan(alone, cpus=32, gpus=4, gpus_per_node=[1] * 4)
+    # The engine's two GPUs are together, and so are the reward's.
+    engine = "generation.engine={tensor_parallel_size: 2}"
+    both = config("training.enabled=false", engine, "rewards.harmless.pool.num_gpus=2", "rewards.helpful.pool.num_gpus=0")
+    assert make_plan(both, cpus=32, gpus=4, gpus_per_node=[3, 1]).mode == "phased"
+    assert make_plan(both, cpus=32, gpus=4, gpus_per_node=[2, 2]).mode == "streaming"
     # Three shares of 0.6 are less than two GPUs, and need three.
     shares = config(
         "training.enabled=false",

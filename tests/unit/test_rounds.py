@@ -60,7 +60,8 @@ def test_a_round_that_a_budget_ended_is_the_last() -> None:
         ({"number": 2, "reference": "initial"}, {"training": {"reference": {"model": "m/m"}}}, "which is taken in every round"),
         ({"number": 2, "reference": "initial"}, {"training": {"recipe": "sequential"}}, "references are the policies before"),
         (0, {}, r"rounds\.number = 0"),
-        (2, {"seed": 1 << 31}, r"seed = 2147483648"),
+        (1, {"seed": 1 << 32}, r"seed = 4294967296"),
+        (3, {"seed": (1 << 32) - 2}, r"the last round's seed, 4294967296, "),
     ],
 )
 def test_rounds_that_cannot_be_are_refused(rounds: Any, changes: dict[str, Any], message: str) -> None:

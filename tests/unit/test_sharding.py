@@ -88,10 +88,13 @@ def test_what_deepspeed_cannot_do() -> None:
 
 
 def test_what_deepspeed_would_choose_by_itself_is_what_other_options_say() -> None:
-    filled = deepspeed_config({"zero_optimization": {"stage": 2}, "gradient_clipping": 0.5})
-    assert filled["gradient_clipping"] == 0.5
-    assert {filled[f"train_{name}"] for name in ("batch_size", "micro_batch_size_per_gpu")} == {"auto"}
-    assert filled["gradient_accumulation_steps"] == "auto"
+    zero = {"zero_optimization": {"stage": 2}}
+    filled = deepspeed_config(zero)
+    assert filled.pop("zero_optimization") == zero["zero_optimization"]
+    assert set(filled.values()) == {"auto"}
+    assert {"gradient_clipping", "gradient_accumulation_steps", "train_micro_batch_size_per_gpu"} <= filled.keys()
+    with pytest.raises(ConfigError, match=r"gradient_clipping = 0\.5: is set by training\.trl\.max_grad_norm"):
+        check_training(TrainingConfig(trl={"deepspeed": {**zero, "gradient_clipping": 0.5}}), on_gpu=True)
 
 
 def test_weights_that_files_name_otherwise_come_back(tmp_path: Path) -> None:
