@@ -112,7 +112,10 @@ def scoring_environment(given: Mapping[str, Any], on_gpu: bool, num_threads: int
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
     }
-    return own if on_gpu else cpu_engine_environment(1, given)[0] | own | {"OMP_NUM_THREADS": str(num_threads)}
+    if on_gpu:
+        # Triton's own default, TF32, is 1e-3 off; it counts for float32 alone.
+        return own | {"TRITON_F32_DEFAULT": os.environ.get("TRITON_F32_DEFAULT", "ieee")}
+    return cpu_engine_environment(1, given)[0] | own | {"OMP_NUM_THREADS": str(num_threads)}
 
 
 def scoring_choices(

@@ -154,7 +154,7 @@ def local_model(name: str) -> str:
     return name
 
 
-def max_context(name: str) -> int | None:
+def max_context(name: str, revision: str | None = None) -> int | None:
     """Longest sequence in tokens by the model's config.json, None when it does not say or is not at hand."""
     try:
         path = Path(local_model(name)) / "config.json"
@@ -163,7 +163,7 @@ def max_context(name: str) -> int | None:
     if not path.is_file():
         from huggingface_hub import try_to_load_from_cache
 
-        cached = try_to_load_from_cache(name, "config.json")
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
         if not isinstance(cached, str):
             return None
         path = Path(cached)

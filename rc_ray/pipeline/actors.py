@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from rc_ray.generation.engine import Candidate
+# In messages of errors that PyTorch has no type for.
+BROKEN = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS")
 CHUNK, SAMPLED, SCORED = "chunk", "sampled", "scored"
 Prompt = tuple[Member, list[int], int, int]  # policy, token ids, and which candidates [first, end) it is to give
 
@@ -298,7 +300,8 @@ class ScoreGroups:
             return [[next(scores) for _ in group] for _, group in groups]
         except EngineDied as error:
             leave(self._reporter, error)
-        except Exception:
+        except Exception as error:
+            self._leave_a_broken_device(error)
             return None
 
     def _score_alone(self, prompt_id: str, prompt: Any, answers: list[str], block_died: bool) -> list[Score]:
@@ -310,7 +313,13 @@ class ScoreGroups:
             except EngineDied as error:
                 leave(self._reporter, error)
             except Exception as error:
+                self._leave_a_broken_device(error)
                 return [Score(None, f"scoring failed: {type(error).__name__}: {error}"[:500])] * len(answers)
+
+    def _leave_a_broken_device(self, error: Exception) -> None:
+        """After some errors nothing runs on a GPU any more in this process, which would fail group after group, faster than others score."""
+        if type(error).__name__ == "AcceleratorError" or any(mark in str(error) for mark in BROKEN):
+            leave(self._reporter, EngineDied(f"{type(error).__name__}: {error}"[:500]))
 
     def _ask(self, prompts: list[Any], answers: list[str]) -> list[Score]:
         began_s = time.monotonic()

@@ -15,14 +15,27 @@ from rc_ray.rewards.base import Score
 # A batch is also ended by padding: a smaller one is as fast per token, as long as there are some tokens in it. How many was measured on CPUs only.
 MAX_PADDING = 0.03
 FEW_TOKENS, FEW_TOKENS_ON_GPU = 1024, 8192
+# Models whose first position is the one after the padding token's id; the table has so many more.
+AFTER_PADDING = frozenset({
+    "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text", "xmod", "mpnet", "longformer", "ibert", "esm",
+})  # fmt: skip
 # PyTorch has no type of error for this.
 CPU_IS_FULL = "DefaultCPUAllocator: can't allocate memory"
+
+
+def num_positions(model_config: Any) -> int | None:
+    """Tokens that a model has positions for; None where there is no limit."""
+    text_config = model_config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None) or 0
+    if positions and text_config.model_type in AFTER_PADDING:
+        positions -= text_config.pad_token_id + 1
+    return positions if positions > 0 else None
 
 
 def length_limit(tokenizer: Any, model_config: Any, max_length: int | None = None) -> int | None:
     """Longest input in tokens: the model's positions, the tokenizer's own limit and the given one, whichever is smallest; None if
     there is none."""
-    limits = [getattr(model_config, "max_position_embeddings", None), tokenizer.model_max_length, max_length]
+    limits = [num_positions(model_config), tokenizer.model_max_length, max_length]
     known = [int(limit) for limit in limits if limit and limit < 1_000_000]
     return min(known) if known else None
 

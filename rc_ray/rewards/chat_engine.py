@@ -43,7 +43,9 @@ class EngineChat:
                 f"judge {config.model!r}: its chat template refuses a system message and a question ({type(error).__name__}: {error}); use "
                 "a model whose template takes them"
             ) from None
-        self._max_length = config.max_length or min(DEFAULT_MAX_LENGTH, max_context(config.model) or DEFAULT_MAX_LENGTH)
+        self._max_length = config.max_length or min(
+            DEFAULT_MAX_LENGTH, max_context(config.model, config.revision) or DEFAULT_MAX_LENGTH
+        )
         num_gpus = 1.0 if config.pool.num_gpus is None else config.pool.num_gpus
         choices = engine_choices(config.engine_arguments, self._max_length, on_gpu, num_gpus)
         arguments: dict[str, Any] = CHOICES | {name: value for name, (value, _) in choices.items()} | config.engine_arguments

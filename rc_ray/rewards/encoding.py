@@ -40,7 +40,9 @@ def encode(
         turns = [m for m in messages if m["role"] != "system"]
         prompt = turns[0]["content"] if len(turns) == 1 else "\n".join(f"{m['role']}: {m['content']}" for m in turns)
         pair = tokenizer(prompt, answer)
-        parts, begin = pair.sequence_ids(0), tokenizer.bos_token_id
+        # A slow tokenizer does not say which token is whose; there nothing can be cut, and no beginning is written twice.
+        parts = pair.sequence_ids(0) if tokenizer.is_fast else [0] * len(pair["input_ids"])
+        begin = tokenizer.bos_token_id
         # Llama's writes its beginning before the second part, too.
         again = begin is not None and begin not in (tokenizer.eos_token_id, tokenizer.sep_token_id)
         kept = [i for i, token in enumerate(pair["input_ids"]) if not (again and i and token == begin and parts[i] is None)]
@@ -49,6 +51,8 @@ def encode(
     length = len(encoded["input_ids"])
     if max_length is None or length <= max_length:
         return encoded
+    if not tokenizer.is_fast:
+        raise ValueError(f"{length} tokens exceed {max_length}, and its tokenizer does not say which token is where")
     surplus = length - max_length
     if tokenizer.chat_template:
         found = _of_messages(tokenizer, conversation, encoded["input_ids"], side)
@@ -103,11 +107,14 @@ def set_padding(tokenizer: Any, model_config: Any) -> None:
     Padding is masked in attention, but a model that takes the last token finds it as the last one that is no padding, so the token should not
     be one that ends a text; where there is no other, the self-test of rewards looks whether it does.
     """
-    if tokenizer.pad_token_id is None and model_config.pad_token_id is not None:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model_config.pad_token_id)
+    text_config = model_config.get_text_config()  # itself, unless a model is of more than text
+    if tokenizer.pad_token_id is None and text_config.pad_token_id is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(text_config.pad_token_id)
     if tokenizer.pad_token_id is None:
         names = tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token
         known = [name for name in names if name is not None]
         tokenizer.pad_token = next((name for name in known if name != tokenizer.eos_token), tokenizer.eos_token)
-    if model_config.pad_token_id is None:
-        model_config.pad_token_id = tokenizer.pad_token_id
+    if text_config.pad_token_id is None:
+        text_config.pad_token_id = tokenizer.pad_token_id
+    if getattr(model_config, "pad_token_id", None) is None:
+        model_config.pad_token_id = text_config.pad_token_id

@@ -52,7 +52,9 @@ class LanguageModel:
         for prompt, answer in zip(prompts, answers, strict=True):
             texts.append(self._ids([*prompt, {"role": "assistant", "content": answer}], False))
             before = self._ids(prompt, True)
-            starts.append(len(before) if texts[-1][: len(before)] == before else None)
+            starts.append(
+                len(before) if texts[-1][: len(before)] == before else self._merged(prompt, answer, texts[-1], before)
+            )
         known = [i for i, start in enumerate(starts) if start is not None]
         values = self.sums([texts[i] for i in known], [starts[i] or 0 for i in known])
         scores = [Score(None, "its chat template renders the conversation differently with and without an answer")] * len(texts)
@@ -65,6 +67,16 @@ class LanguageModel:
         return self.batches.score(
             [len(text) for text in texts], lambda batch: self._forward([texts[i] for i in batch], [starts[i] for i in batch])
         )
+
+    def _merged(self, prompt: list[Message], answer: str, text: list[int], before: list[int]) -> int | None:
+        """Where the answer begins if its first token also holds the end of the prompt (a line break, say); None if the prompt is another one."""
+        whole, start = (
+            str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=add, tokenize=False))
+            for messages, add in (([*prompt, {"role": "assistant", "content": answer}], False), (prompt, True))
+        )
+        if not whole.startswith(start):
+            return None
+        return next((i for i, (one, other) in enumerate(zip(text, before, strict=False)) if one != other), None)
 
     def _ids(self, messages: list[Message], add_generation_prompt: bool) -> list[int]:
         found = self.tokenizer.apply_chat_template(

@@ -64,6 +64,11 @@ def wrong_texts(tokenizer: Any) -> str | None:
     return _one_beginning(tokenizer) or _ends_with_the_answer(tokenizer)
 
 
+def padding_at_the_end(tokenizer: Any, pad_token_id: int | None) -> str | None:
+    """The padding token if texts end with it, or None."""
+    return str(tokenizer.convert_ids_to_tokens(pad_token_id)) if pad_token_id in _ids(tokenizer, ANSWERS[0])[-1:] else None
+
+
 def _ids(tokenizer: Any, answer: str) -> list[int]:
     return encode(tokenizer, PROMPT, answer)["input_ids"]
 

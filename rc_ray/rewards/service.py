@@ -91,6 +91,13 @@ class Service:
             self._session.auth = _Bearer(token)
 
         class PacedRetry(Retry):
+            def parse_retry_after(self, retry_after: str) -> float:
+                """Seconds to wait; fractions, which some services send, are not an error."""
+                try:
+                    return min(max(float(retry_after), 0.0), LONGEST_WAIT_S)
+                except ValueError:
+                    return float(super().parse_retry_after(retry_after))
+
             def sleep(self, response: Any = None) -> None:
                 super().sleep(response)
                 pace.wait()

@@ -6,6 +6,7 @@ that computes has OpenMP threads of its own. Invariant: a text longer than the l
 
 from __future__ import annotations
 
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,7 @@ from rc_ray.rewards.base import Score, reward_dtype
 from rc_ray.rewards.batches import too_long
 from rc_ray.rewards.classifier import Classifier
 from rc_ray.rewards.encoding import encode
+from rc_ray.rewards.self_test import padding_at_the_end
 
 # The modules whose rows are the labels, in the classifiers of transformers.
 HEADS = frozenset({"score", "classifier"})
@@ -40,7 +42,20 @@ class VllmClassifier(Classifier):
         options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
         model_config = AutoConfig.from_pretrained(path, **options)
         super().__init__(config, AutoTokenizer.from_pretrained(path, **options), model_config)
-        self.dtype, self.pad_token_id = reward_dtype(config.dtype, on_gpu), model_config.pad_token_id
+        text_config = model_config.get_text_config()
+        self.dtype, self.pad_token_id = reward_dtype(config.dtype, on_gpu), text_config.pad_token_id
+        if (padding := padding_at_the_end(self.tokenizer, self.pad_token_id)) is not None:
+            raise ModelError(
+                f"reward model {self._name!r}: its texts end with its padding token {padding!r}, where transformers takes the token before and vLLM that one; "
+                "use engine: transformers, with `self_test: false` if this is how it was trained"
+            )
+        rope = getattr(text_config, "rope_parameters", None) or {}
+        original = rope.get("original_max_position_embeddings") or self.limit
+        if rope.get("rope_type") == "longrope" and original is not None and (self.limit or math.inf) > original:
+            raise ModelError(
+                f"reward model {self._name!r}: with a limit of {self.limit} tokens vLLM reads its short texts otherwise than transformers (longrope); "
+                f"set max_length: {original}, or use engine: transformers"
+            )
         self._token_types_start(encode(self.tokenizer, [{"role": "user", "content": "a"}], "a"))
         longest = max(config.max_batch_tokens, self.limit or 0)
         share = 1.0 if config.pool.num_gpus is None else config.pool.num_gpus

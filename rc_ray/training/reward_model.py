@@ -33,7 +33,8 @@ from rc_ray.ledger.rundir import versions
 from rc_ray.ledger.storage import Folder
 from rc_ray.models import embedded
 from rc_ray.models.resolve import check_model, local_model
-from rc_ray.rewards.self_test import wrong_texts
+from rc_ray.rewards.batches import num_positions
+from rc_ray.rewards.self_test import padding_at_the_end, wrong_texts
 from rc_ray.training.preferences import read_preferences
 from rc_ray.training.reward_data import Encoded, SetCounts, encode_sets, split_by_prompt
 from rc_ray.training.reward_loop import DATA, DIFFERENCES, EXPERIMENT, FACTS, RewardTask, ray_worker, train_reward_model
@@ -141,13 +142,22 @@ def prepare(pairs: str | Mapping[str, str], output: str, options: RewardTraining
             return Prepared(folder, options, recipe, None, RewardTrainingResult(**{**result, "reused": True}))
     if not output.startswith("embedded:") and not is_begun(prepared.work, recipe) and not folder.is_empty():
         raise DataError(f"output = {output!r}: the folder holds something else than this training's result; give a new folder")
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        local_model(options.base), revision=options.revision, trust_remote_code=options.trust_remote_code
-    )
+    path = local_model(options.base)
+    code: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(path, **code)
     if wrong := wrong_texts(tokenizer):
         raise ModelError(f"base = {options.base!r}: {wrong}")
+    if (padding := padding_at_the_end(tokenizer, tokenizer.pad_token_id)) is not None:
+        raise ModelError(
+            f"base = {options.base!r}: its padding token {padding!r} also ends its texts, so the reward would be that of the token before; save it with another pad_token"
+        )
+    limit = num_positions(AutoConfig.from_pretrained(path, **code))
+    if limit is not None and options.max_length > limit:
+        raise ConfigError(
+            f"max_length = {options.max_length}: the base {options.base!r} reads at most {limit} tokens; lower it"
+        )
     train, test = split_by_prompt(
         {name: found for name, (found, _) in sets.items()}, options.num_train, options.num_test, options.seed
     )

@@ -12,7 +12,7 @@ from rc_ray.errors import ModelError
 from rc_ray.pipeline.stages import check_rewards
 from rc_ray.rewards.base import build_reward
 from rc_ray.rewards.language_model import LanguageModel
-from tests.conftest import make_llama
+from tests.conftest import CHAT_TEMPLATE, make_llama
 from tests.unit.test_config import GOOD
 
 PROMPTS = [
@@ -91,6 +91,29 @@ def test_templates_that_hide_where_the_answer_begins_give_no_reward(tmp_path: Pa
         file.unlink()
     with pytest.raises(ModelError, match="no chat template"):
         reward({**folders, "reference": odd})
+
+
+def test_a_token_of_prompt_and_answer_together_is_the_answers(tmp_path: Path) -> None:
+    import torch
+
+    folder = make_llama(tmp_path, seed=1)
+    model = LanguageModel(str(folder), None, False, "float32", False, 2048)
+    begun = CHAT_TEMPLATE.replace("<|assistant|>{% endif %}", "<|assistant|>hel{% endif %}")
+    model.tokenizer.chat_template = begun.replace(
+        "|>{{ m['content'] }}", "|>{% if m['role'] == 'assistant' %}hel{% endif %}{{ m['content'] }}"
+    )
+    whole, before = (
+        model.tokenizer(text, add_special_tokens=False)["input_ids"]
+        for text in ("<|user|>hello<|assistant|>hello world</s>", "<|user|>hello<|assistant|>hel")
+    )
+    start = before.index(model.tokenizer.convert_tokens_to_ids("<|assistant|>")) + 1
+    assert whole[: len(before)] != before
+    assert whole[:start] == before[:start]
+    with torch.inference_mode():
+        probs = model._model(input_ids=torch.tensor([whole])).logits[0].log_softmax(-1)
+    expected = sum(probs[t - 1, whole[t]].item() for t in range(start, len(whole)))
+    (score,) = model.logprobs([PROMPTS[0]], ["lo world"])
+    assert score.value == pytest.approx(expected, abs=1e-4)
 
 
 def test_both_models_are_checked_by_their_fields(folders: dict[str, Path]) -> None:

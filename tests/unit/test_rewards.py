@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import pytest
 from hypothesis import given
@@ -145,13 +146,32 @@ def test_training_may_leave_out_the_oldest_part_of_the_prompt_of_a_pair() -> Non
 
 
 def test_the_shorter_of_the_limits_of_model_and_tokenizer_holds() -> None:
-    class Limits:
-        def __init__(self, **limits: Any) -> None:
-            self.__dict__ |= limits
+    from transformers import BertConfig, Gemma3Config, LlamaConfig, RobertaConfig, XLNetConfig
 
-    assert length_limit(Limits(model_max_length=512), Limits(max_position_embeddings=514)) == 512
-    assert length_limit(Limits(model_max_length=10**30), Limits(max_position_embeddings=2048)) == 2048
-    assert length_limit(Limits(model_max_length=10**30), Limits()) is None
+    short, none = SimpleNamespace(model_max_length=512), SimpleNamespace(model_max_length=10**30)
+    assert length_limit(short, BertConfig(max_position_embeddings=514)) == 512
+    assert length_limit(none, LlamaConfig(max_position_embeddings=2048)) == 2048
+    assert length_limit(none, LlamaConfig(max_position_embeddings=2048), 100) == 100
+    # The table of 514 begins at the padding token's 1 + 1.
+    assert length_limit(none, RobertaConfig(max_position_embeddings=514, pad_token_id=1)) == 512
+    assert length_limit(none, Gemma3Config(text_config={"max_position_embeddings": 4096})) == 4096
+    assert length_limit(none, XLNetConfig()) is None
+
+
+def test_a_slow_tokenizer_reads_pairs_and_cuts_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import BatchEncoding
+
+    tokenizer = pair_tokenizer()
+    expected = encode(tokenizer, PROMPT, "yes")
+
+    def unknown(*_: Any) -> NoReturn:
+        raise ValueError("not available when using Python based tokenizers")
+
+    monkeypatch.setattr(BatchEncoding, "sequence_ids", unknown)
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    assert encode(tokenizer, PROMPT, "yes") == expected
+    with pytest.raises(ValueError, match="does not say which token is where"):
+        encode(tokenizer, PROMPT, "yes", max_length=3)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import pyarrow as pa
@@ -22,15 +23,20 @@ def dead(prompts: list[Any], answers: list[str]) -> list[float]:
     raise EngineDied("the engine is gone")
 
 
+def on_a_broken_device(prompts: list[Any], answers: list[str]) -> list[float]:
+    raise RuntimeError("CUDA error: device-side assert triggered; the engine is gone")
+
+
 @pytest.mark.parametrize("one_by_one", [False, True])
+@pytest.mark.parametrize("reward", [dead, on_a_broken_device])
 def test_a_reward_that_cannot_go_on_ends_its_process_and_nothing_is_missing_for_it(
-    one_by_one: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    one_by_one: bool, reward: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def leave(status: int) -> NoReturn:
         raise Left(status)
 
     monkeypatch.setattr(os, "_exit", leave)
-    config = RuleReward(kind="rule", function=f"{__name__}:dead")
+    config = RuleReward(kind="rule", function=f"{__name__}:{reward.__name__}")
     # As on a GPU, so that it does not change the priority of this process.
     groups = ScoreGroups("x", config, None, True, 1, None, "score", 3, first=True, last=True, keep_scored=False)
     if one_by_one:

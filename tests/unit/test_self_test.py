@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rc_ray.config import ClassifierReward, RewardTrainingConfig
-from rc_ray.errors import ModelError
+from rc_ray.errors import ConfigError, ModelError
 from rc_ray.rewards.classifier import ClassifierRewardModel
 from rc_ray.rewards.encoding import encode
 from rc_ray.rewards.self_test import ANSWERS as OF_THE_TEST
@@ -227,7 +227,14 @@ def test_texts_are_looked_at_before_a_reward_model_is_trained_on_them(tmp_path: 
 
     rows = [{"prompt": f"question {i}", "chosen": "good", "rejected": "bad"} for i in range(20)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    base = changed(tmp_path / "base", two_beginnings)
-    with pytest.raises(ModelError, match=r"base = .*begin with 2 tokens '<s>'"):
-        prepare(str(tmp_path / "pairs.jsonl"), str(tmp_path / "output"), RewardTrainingConfig(base=str(base)))
+    for change, words in (
+        (two_beginnings, "begin with 2 tokens '<s>'"),
+        (padding_is_end, "padding token '</s>' also ends its texts"),
+    ):
+        base = changed(tmp_path / change.__name__, change)
+        with pytest.raises(ModelError, match=rf"base = .*{words}"):
+            prepare(str(tmp_path / "pairs.jsonl"), str(tmp_path / "output"), RewardTrainingConfig(base=str(base)))
+    base = changed(tmp_path / "base", left_padding)
+    with pytest.raises(ConfigError, match=r"max_length = 1024: the base .* reads at most 512 tokens"):
+        prepare(str(tmp_path / "pairs.jsonl"), str(tmp_path / "output"), RewardTrainingConfig(base=str(base), max_length=1024))
     assert not (tmp_path / "output").exists()

@@ -121,12 +121,13 @@ def test_every_answer_gets_its_own_score_whatever_the_batches(service: Service) 
         None,
         (200, b'{"scores": [1', {"Content-Length": "100"}),
         (429, b"", {"Retry-After": "0"}),
+        (429, b"", {"Retry-After": "0.02"}),
         (500, b"oops", {}),
         (502, b"", {}),
         (503, b"", {}),
         (504, b"", {}),
     ],
-    ids=["timeout", "cut", "429", "500", "502", "503", "504"],
+    ids=["timeout", "cut", "429", "429 with a fraction", "500", "502", "503", "504"],
 )
 def test_what_passes_is_asked_again(service: Service, passing: Answer | None) -> None:
     service.script = [passing, passing, ok([1.5, -2])]
