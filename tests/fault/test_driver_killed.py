@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 from pathlib import Path
@@ -51,6 +52,7 @@ def test_a_run_killed_at_random_moments_resumes_and_repeats_nothing(
     assert_same_outcome(resumed.folder, whole)
 
 
+@pytest.mark.skipif("RC_RAY_FAULT_MOMENTS" not in os.environ, reason="two minutes more than CI has; set RC_RAY_FAULT_MOMENTS")
 @pytest.mark.timeout(300 * (NUM_LONG + 2))
 def test_prompts_that_were_to_get_more_answers_get_them_after_a_kill(
     config: dict[str, Any], driver: StartDriver, tmp_path: Path
