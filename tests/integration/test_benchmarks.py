@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import ROOT
+
+# What these run is tested elsewhere, too.
+on_demand = pytest.mark.skipif("RC_RAY_BENCHMARKS" not in os.environ, reason="takes minutes; set RC_RAY_BENCHMARKS")
 
 
 def test_the_selection_benchmark_finds_equal_results(tmp_path: Path) -> None:
@@ -29,6 +35,7 @@ def test_the_reward_benchmark_finds_equal_rewards(tmp_path: Path) -> None:
     assert all(met for text, met in numbers["bars"].items() if "rewards equal those" in text)
 
 
+@on_demand
 def test_the_training_benchmark_finds_equal_losses(shared_data: Path, tmp_path: Path) -> None:
     command = [sys.executable, "tests/benchmarks/bench_training.py", "--quick", "--output", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
@@ -39,6 +46,7 @@ def test_the_training_benchmark_finds_equal_losses(shared_data: Path, tmp_path: 
     assert len(numbers["curves"][0]) == 20
 
 
+@on_demand
 def test_the_sampling_benchmark_runs_on_small_data(shared_data: Path, tmp_path: Path) -> None:
     command = [sys.executable, "tests/benchmarks/bench_sampling.py", "--quick", "--output", str(tmp_path)]
     parts = ["--only", "overhead", "volume", "ledger", "adaptive"]
