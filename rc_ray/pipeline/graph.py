@@ -146,9 +146,8 @@ def _attach_engine(
 
 def _least_loaded(dataset: Dataset, config: Config) -> Dataset:
     """The same Dataset, whose blocks go to the actor with the fewest wherever they lie, and in which nothing has to finish sooner than in a run."""
-    dataset.context.execution_no_progress_timeout_s = math.ceil(
-        config.cluster.stall_timeout_s
-    )  # in a run the watchdog takes its place
+    # In a run the watchdog takes its place.
+    dataset.context.execution_no_progress_timeout_s = math.ceil(config.cluster.stall_timeout_s)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray 2.60 means to take the switch away and decide by itself
         dataset.context.execution_options.actor_locality_enabled = False

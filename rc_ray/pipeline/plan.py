@@ -194,7 +194,7 @@ def _placement(config: Config, pool: Pool, num_pools: int, gpus_per_node: Sequen
     if needed < 1 or (needed == 1 and backend != "ray"):
         return False, []
     nodes = ", ".join(f"{n:g}" for n in gpus_per_node)
-    on_one = sum(int(n // needed) for n in gpus_per_node)
+    on_one = _held_on_one(pool, gpus_per_node)
     if backend == "ray":
         reason = "distributed_executor_backend: ray is set in the configuration"
     elif on_one >= num_pools * pool.size:
@@ -301,8 +301,13 @@ def _shares(config: Config, pools: list[Pool], gpus_per_node: Sequence[float]) -
 
 def _on_one_node(config: Config, pool: Pool, num_pools: int, gpus_per_node: Sequence[float]) -> bool:
     """Whether the GPUs of each engine are on one node: as long as nodes hold so many engines, and Ray is not asked to run their workers."""
-    held = sum(int(n // round(pool.num_gpus)) for n in gpus_per_node)
-    return config.generation.engine.get("distributed_executor_backend") != "ray" and held >= num_pools * pool.size
+    enough = _held_on_one(pool, gpus_per_node) >= num_pools * pool.size
+    return enough and config.generation.engine.get("distributed_executor_backend") != "ray"
+
+
+def _held_on_one(pool: Pool, gpus_per_node: Sequence[float]) -> int:
+    """Engines that nodes hold, each on one of them."""
+    return sum(int(n // round(pool.num_gpus)) for n in gpus_per_node)
 
 
 def _hold(gpus_per_node: Sequence[float], shares: list[float]) -> bool:

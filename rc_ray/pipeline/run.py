@@ -222,9 +222,8 @@ def _run_pending(config: Config, run_dir: RunDir, todo: list[str], emit: stages.
             session = stages.Session(plan, board, emit)
             ended = None
             if "sample" in todo or "score" in todo:
-                if "sample" in todo and run_dir.manifest().get(
-                    "ended"
-                ):  # a kill from now on leaves more than was to be trained on
+                # A kill from now on leaves more than was to be trained on.
+                if "sample" in todo and run_dir.manifest().get("ended"):
                     run_dir.update_manifest(ended=None)
                 ended = stages.sample_and_score(config, run_dir, session, "sample" in todo, "score" in todo)
             if "select" in todo:

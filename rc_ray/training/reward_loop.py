@@ -255,9 +255,8 @@ def load_base(names: list[str], options: RewardTrainingConfig, on_gpu: bool) -> 
         **code,
     )
     set_padding(tokenizer, model.config)
-    model.config.pad_token_id = model.config.get_text_config().pad_token_id = (
-        tokenizer.pad_token_id
-    )  # its head is new: what it is to take for padding is what it gets
+    # Its head is new: what it is to take for padding is what it gets.
+    model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if options.lora_rank:
         from peft import get_peft_model
 
