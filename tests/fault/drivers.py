@@ -86,6 +86,10 @@ class Driver:
     def printed(self) -> str:
         return self._log.read_text()
 
+    def sampled(self) -> list[int]:
+        """Prompts sampled, by the progress lines printed so far."""
+        return [int(number) for number in re.findall(r"^sample +(\d+)/", self.printed(), re.MULTILINE)]
+
     def ended(self) -> str:
         """Waits for the end; returns what was printed."""
         self.process.wait(timeout=TIMEOUT_S)
