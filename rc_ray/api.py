@@ -33,13 +33,13 @@ from rc_ray.core import schemas
 from rc_ray.core.ids import bad_row_id, prompt_id
 from rc_ray.core.measure import Fitted, Summary, add_up, fit
 from rc_ray.core.selection import needs_fit, select_pairs, summarize
-from rc_ray.errors import ClusterError, ConfigError, DataError
+from rc_ray.errors import ClusterError, ConfigError, DataError, computing
 from rc_ray.generation.arguments import check_engine_arguments
 from rc_ray.ledger import rundir
 from rc_ray.ledger.storage import Folder
 from rc_ray.pipeline import run as pipeline
 from rc_ray.pipeline import stages
-from rc_ray.pipeline.graph import attach_phases, computing
+from rc_ray.pipeline.graph import attach_phases
 from rc_ray.pipeline.plan import Plan, make_plan
 from rc_ray.pipeline.policies import policy_of
 from rc_ray.pipeline.preview import plan

@@ -286,7 +286,6 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from rc_ray.pipeline.pilot import pilot
     from rc_ray.pipeline.preview import plan
 
     if options.price_per_gpu_hour is not None and options.pilot is None:
@@ -300,6 +299,8 @@ def _plan(options: argparse.Namespace) -> None:
             "--cpus and --gpus have no effect with --pilot, which runs on the cluster that is there; leave them out"
         )
     else:
+        from rc_ray.pipeline.pilot import pilot
+
         shown = pilot(
             _source(options), options.overrides, num_prompts=options.pilot, price=options.price_per_gpu_hour, emit=_emit
         ).lines()

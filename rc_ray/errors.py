@@ -6,6 +6,12 @@ stack trace and exits with `exit_code`; anything else that escapes is a bug of o
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
+# Between two errors in Python's traceback.
+DIRECT_CAUSE = "\n\nThe above exception was the direct cause of the following exception:\n\n"
+
 
 class RcRayError(Exception):
     """Base of all errors that the user can act on."""
@@ -41,3 +47,38 @@ class ResumeError(RcRayError):
     """A run directory belongs to another configuration, or its records do not add up."""
 
     exit_code = 6
+
+
+@contextlib.contextmanager
+def computing(what: str, advice: str = "") -> Iterator[None]:
+    """Around what Ray computes.
+
+    Raises:
+        ClusterError: Ray raised something; its first cause is named.
+    """
+    from ray.data.exceptions import ExecutionTimeoutError
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except (RayError, ExecutionTimeoutError) as error:
+        raise ClusterError(f"{what} failed: {innermost(error)}{advice}") from error
+
+
+def innermost(error: BaseException) -> str:
+    """The first cause of an error that Ray wrapped, in one line.
+
+    Causes that Ray Data wrapped in a worker do not travel with the error; they are in its text alone, the first one first.
+    """
+    first, mark, _ = str(error).partition(DIRECT_CAUSE)
+    if mark:
+        return first.strip().splitlines()[-1][:600]
+    cause: BaseException = error
+    while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None and inner is not cause:
+        if type(inner).__name__ == "SystemException":  # Ray Data's mark for what is not the user's code, without a word
+            break
+        cause = inner
+    text = str(cause).strip() or type(cause).__name__
+    if 'File "' in text:  # a traceback, whatever its first line
+        text = text.splitlines()[-1]
+    return f"{type(cause).__name__}: {text}"[:600]

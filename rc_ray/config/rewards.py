@@ -254,9 +254,10 @@ class ServiceReward(Section):
     timeout_s: float = deployment(60.0, gt=0)
     """Longest wait for a connection, and for each part of an answer."""
 
-    max_retries: int = deployment(5, ge=0)
+    max_retries: int = deployment(8, ge=0)
     """How often a request is repeated after a failed connection, a timeout, or status 429, 500, 502, 503 or 504; the first time
-    at once, then after a wait that doubles from a second on, or is what `Retry-After` says, of two minutes at most. After the last one the scores of its answers are missing."""
+    at once, then after a wait that doubles from a second on, or is what `Retry-After` says, of two minutes at most. Eight wait two minutes in all, so that a limit per minute passes
+    where the service names no wait. After the last one the scores of its answers are missing."""
 
     max_requests_per_minute: float | None = deployment(None, gt=0)
     """Requests, repetitions among them, that each actor begins per minute at most, evenly spaced: the service's limit divided by the number

@@ -56,6 +56,17 @@ def reward_fields(objectives: Iterable[str]) -> list[pa.Field]:
     ]
 
 
+def lacking_rewards(groups: pa.Table, objectives: Iterable[str]) -> list[str]:
+    """Columns of these objectives' rewards that a group table does not have."""
+    return [field.name for field in reward_fields(objectives) if field.name not in groups.column_names]
+
+
+def with_rewards_last(groups: pa.Table, objectives: Iterable[str]) -> pa.Table:
+    """A group table with the rewards that it has of these objectives behind everything else, in this order."""
+    rewards = [field.name for field in reward_fields(objectives) if field.name in groups.column_names]
+    return groups.select([*(name for name in groups.column_names if name not in rewards), *rewards])
+
+
 def scored_objectives(schema: pa.Schema) -> list[str]:
     """Objectives whose rewards a group table has, in column order."""
     return [name.removeprefix(REWARD_PREFIX) for name in schema.names if name.startswith(REWARD_PREFIX)]

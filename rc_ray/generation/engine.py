@@ -21,7 +21,7 @@ from typing import Any
 
 from rc_ray.config import GenerationConfig
 from rc_ray.generation.arguments import check_engine_arguments, lora_arguments
-from rc_ray.generation.hardware import engine_choices
+from rc_ray.generation.hardware import alone_on_gpu, engine_choices
 from rc_ray.generation.load import Load
 
 
@@ -133,7 +133,8 @@ class SamplingEngine:
             # Loaded in the thread that steps it: each thread that computes has OpenMP threads of its own, and with more of them than
             # cores OpenMP sleeps between operations instead of spinning, which takes a third of the speed of a small model.
             try:
-                self._engine = LLMEngine.from_engine_args(engine_arguments)
+                with alone_on_gpu(on_gpu, gpu_share):
+                    self._engine = LLMEngine.from_engine_args(engine_arguments)
             except BaseException as error:
                 loaded.set_exception(error)
                 return

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -103,6 +105,29 @@ def engine_choices(
     elif on_gpu and gpu_share > 1:
         chosen["distributed_executor_backend"] = "mp", "the engine's GPUs are on one node"
     return {name: choice for name, choice in chosen.items() if name not in given}
+
+
+@contextlib.contextmanager
+def alone_on_gpu(on_gpu: bool, gpu_share: float) -> Iterator[None]:
+    """Lets vLLM engines that share a GPU load one after the other.
+
+    While it loads, an engine measures how much of the whole device fills, and takes what others fill meanwhile for its own.
+
+    Args:
+        gpu_share: what the engine gets of a GPU; from 1 on nobody else is there.
+    """
+    if not on_gpu or gpu_share >= 1:
+        yield
+        return
+    import fcntl
+
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    with (Path(tempfile.gettempdir()) / f"rc_ray-{os.getuid()}-gpu-{gpu}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # an engine that was forked off meanwhile has the file, too
 
 
 def scoring_environment(given: Mapping[str, Any], on_gpu: bool, num_threads: int) -> dict[str, str]:

@@ -408,11 +408,9 @@ def commit_groups(
         for chunk, table in split_chunks(block, prompts).items():
             if skip_sampled and ledger.has(stage, chunk):
                 continue  # Ray runs a task again whose outcome a node took with it; by now, rewards may be in the file
-            rewards = [field.name for field in schemas.reward_fields(objectives)]
-            if selection is not None and (lacking := [name for name in rewards if name not in table.column_names]):
+            if selection is not None and (lacking := schemas.lacking_rewards(table, objectives)):
                 raise ResumeError(f"chunk {chunk} has no {lacking[0]}; nothing was committed, run again to resume")
-            others = [name for name in table.column_names if name not in rewards]
-            table = table.select([*others, *(name for name in rewards if name in table.column_names)])
+            table = schemas.with_rewards_last(table, objectives)
             candidates = _candidates(table)
             counts = {
                 "groups": table.num_rows,

@@ -18,12 +18,11 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rc_ray.config import BudgetConfig, Config
-from rc_ray.errors import ClusterError, ResumeError
+from rc_ray.errors import ClusterError, ResumeError, computing
 from rc_ray.generation.hardware import cpu_runtime_env
 from rc_ray.ledger.ledger import Ledger, chunk_name
 from rc_ray.ledger.storage import Folder
@@ -45,8 +44,6 @@ BLOCKS_PER_ENGINE = 4
 BLOCKS_PER_SCORER = 2
 # Blocks of a phase between loading and commit, for each that its actors can work on: enough for none to wait, and for slow ones among them.
 BLOCKS_IN_WORK = 3
-# Between two errors in Python's traceback.
-DIRECT_CAUSE = "\n\nThe above exception was the direct cause of the following exception:\n\n"
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,7 @@ def _attach_engine(
         placement = EnginePlacement(round(pool.num_gpus), pool.num_cpus)
         placement.remove_after(dataset)
         resources |= {"num_gpus": 0, "ray_remote_args_fn": placement.arguments}
-    return _least_loaded(dataset, config).map_batches_internal(
+    return _with_options(dataset, config).map_batches_internal(
         worker,
         fn_constructor_kwargs={
             "policy": policy,
@@ -144,7 +141,7 @@ def _attach_engine(
     )
 
 
-def _least_loaded(dataset: Dataset, config: Config) -> Dataset:
+def _with_options(dataset: Dataset, config: Config) -> Dataset:
     """The same Dataset, whose blocks go to the actor with the fewest wherever they lie, and in which nothing has to finish sooner than in a run."""
     # In a run the watchdog takes its place.
     dataset.context.execution_no_progress_timeout_s = math.ceil(config.cluster.stall_timeout_s)
@@ -200,7 +197,7 @@ def attach_rewards(
     names = list(config.rewards) if objectives is None else objectives
     for objective in names:
         pool = plan.rewards[objective]
-        dataset = _least_loaded(dataset, config).map_batches_internal(
+        dataset = _with_options(dataset, config).map_batches_internal(
             # A name of its own in what Ray and the watchdog say.
             type(f"ScoreGroups_{objective}", (actors.ScoreGroups,), {}),
             fn_constructor_kwargs={
@@ -389,22 +386,6 @@ def give_back_failed(run: GroupRun, objectives: list[str], stage: str) -> None:
                     run.ledger.give_back(each, chunk)
 
 
-@contextlib.contextmanager
-def computing(what: str, advice: str = "") -> Iterator[None]:
-    """Around what Ray computes.
-
-    Raises:
-        ClusterError: Ray raised something; its first cause is named.
-    """
-    from ray.data.exceptions import ExecutionTimeoutError
-    from ray.exceptions import RayError
-
-    try:
-        yield
-    except (RayError, ExecutionTimeoutError) as error:
-        raise ClusterError(f"{what} failed: {innermost(error)}{advice}") from error
-
-
 def resumable(stage: str) -> contextlib.AbstractContextManager[None]:
     """`computing`, for a stage of a run."""
     return computing(f"stage {stage}", "\nWhat was committed is kept; mend the cause and run the same command again to resume.")
@@ -423,22 +404,3 @@ def budget_end(run: GroupRun, config: Config) -> str | None:
 def _is_limited(run: GroupRun, config: Config) -> bool:
     """Whether a budget counts. Without one, the commit records need not be read."""
     return run.bounded and config.budget != BudgetConfig()
-
-
-def innermost(error: BaseException) -> str:
-    """The first cause of an error that Ray wrapped, in one line.
-
-    Causes that Ray Data wrapped in a worker do not travel with the error; they are in its text alone, the first one first.
-    """
-    first, mark, _ = str(error).partition(DIRECT_CAUSE)
-    if mark:
-        return first.strip().splitlines()[-1][:600]
-    cause: BaseException = error
-    while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None and inner is not cause:
-        if type(inner).__name__ == "SystemException":  # Ray Data's mark for what is not the user's code, without a word
-            break
-        cause = inner
-    text = str(cause).strip() or type(cause).__name__
-    if 'File "' in text:  # a traceback, whatever its first line
-        text = text.splitlines()[-1]
-    return f"{type(cause).__name__}: {text}"[:600]

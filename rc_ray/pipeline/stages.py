@@ -319,13 +319,12 @@ def _scored_groups(run: RunDir, config: Config, chunk: int) -> pa.Table:
         ResumeError: rewards are missing.
     """
     table = run.candidates.read_table(f"{chunk_name(chunk)}.parquet")
-    rewards = [field.name for field in schemas.reward_fields(config.rewards)]
-    if lacking := [name for name in rewards if name not in table.column_names]:
+    if lacking := schemas.lacking_rewards(table, config.rewards):
         raise ResumeError(
             f"{chunk_name(chunk)} of {run.candidates.uri!r} has no {lacking[0]}, although it is recorded as scored; remove "
             f"ledger/{SCORE}/{chunk_name(chunk)}.json and run again to score it"
         )
-    return table.select([*(name for name in table.column_names if name not in rewards), *rewards])
+    return schemas.with_rewards_last(table, config.rewards)
 
 
 def select_chunk(items: pa.Table, run: RunDir, config: Config, fitted: Fitted) -> pa.Table:

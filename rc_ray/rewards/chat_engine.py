@@ -13,7 +13,7 @@ from rc_ray.config import JudgeReward
 from rc_ray.core.ids import Message
 from rc_ray.errors import ModelError
 from rc_ray.generation.engine import EngineDied, hide_llvmlite
-from rc_ray.generation.hardware import engine_choices, scoring_environment
+from rc_ray.generation.hardware import alone_on_gpu, engine_choices, scoring_environment
 from rc_ray.generation.render import PromptRenderer
 from rc_ray.models.resolve import local_model, max_context
 from rc_ray.rewards.base import reward_dtype
@@ -52,14 +52,15 @@ class EngineChat:
         hide_llvmlite()
         from vllm import LLM
 
-        self._llm = LLM(
-            model=path,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            dtype=reward_dtype(config.dtype, on_gpu),
-            max_model_len=self._max_length,
-            **arguments,
-        )
+        with alone_on_gpu(on_gpu, num_gpus):
+            self._llm = LLM(
+                model=path,
+                revision=config.revision,
+                trust_remote_code=config.trust_remote_code,
+                dtype=reward_dtype(config.dtype, on_gpu),
+                max_model_len=self._max_length,
+                **arguments,
+            )
 
     def ask(self, questions: list[list[Message]], wanted: Wanted) -> list[Reply]:
         """See `ChatModel.ask`.

@@ -15,7 +15,7 @@ from typing import Any
 from rc_ray.config import ClassifierReward
 from rc_ray.errors import ModelError
 from rc_ray.generation.engine import EngineDied, hide_llvmlite
-from rc_ray.generation.hardware import scoring_choices, scoring_environment
+from rc_ray.generation.hardware import alone_on_gpu, scoring_choices, scoring_environment
 from rc_ray.models.resolve import local_model
 from rc_ray.rewards.base import Score, reward_dtype
 from rc_ray.rewards.batches import too_long
@@ -62,7 +62,8 @@ class VllmClassifier(Classifier):
         choices = scoring_choices(config.engine_arguments, longest, on_gpu, share)
         arguments = {name: value for name, (value, _) in choices.items()} | config.engine_arguments
         self._thread = ThreadPoolExecutor(1, "vllm-classifier")
-        self._engine = self._thread.submit(self._load, path, options | arguments, num_threads, on_gpu).result()
+        with alone_on_gpu(on_gpu, share):
+            self._engine = self._thread.submit(self._load, path, options | arguments, num_threads, on_gpu).result()
         # Where neither the model nor its tokenizer has a limit, vLLM has one.
         self.limit = self._engine.model_config.max_model_len
         self._begin(config)

@@ -32,12 +32,25 @@ def load_policy(path: str, training: TrainingConfig, on_gpu: bool, **options: An
     return AutoModelForCausalLM.from_pretrained(path, dtype=weights_dtype(training, on_gpu), use_safetensors=True, **options)
 
 
-def load_whole(model: Any, checkpoint: str) -> None:
-    """Puts the weights of a checkpoint into a model, by the names that they have in files.
+class LoadsByFileNames:
+    """Of a Hugging Face trainer: whole weights of a checkpoint are loaded by the names that they have in files.
 
-    Those of some models (mixtures of experts, say) are others than in memory, and Hugging Face's trainer, which takes them as they are, would
+    Those of some models (mixtures of experts, say) are others than in memory, and the trainer itself, which takes them as they are, would
     leave such weights as they were, with a warning (transformers 5.19).
+    """
 
+    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
+        from transformers import PreTrainedModel
+
+        model = self.model if model is None else model
+        if isinstance(model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            _load_whole(model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+
+def _load_whole(model: Any, checkpoint: str) -> None:
+    """
     Raises:
         ClusterError: the checkpoint lacks weights.
     """

@@ -329,8 +329,6 @@ def _run(task: PairsTask, num_actors: int, num_cpus: float, num_gpus: float) -> 
     """
     import ray
     from ray.data import ActorPoolStrategy
-    from ray.data.exceptions import ExecutionTimeoutError
-    from ray.exceptions import RayError
 
     todo = [{"slice": json.dumps(part.__dict__)} for part in slices(task.pairs, task.recipe)]
     if not todo:
@@ -344,13 +342,10 @@ def _run(task: PairsTask, num_actors: int, num_cpus: float, num_gpus: float) -> 
         num_gpus=num_gpus,
     )
     dataset.context.execution_no_progress_timeout_s = math.ceil(task.stall_timeout_s)
-    try:
+    kept = "" if task.results is None else "\nWhat was read is kept; run the same command again to go on."
+    with errors.computing("reading the pairs", kept):
         for row in dataset.iter_rows():
             if row["error"]:
                 kind, text = json.loads(row["error"])
                 raise getattr(errors, kind)(text)
             yield int(row["first"]), PairCounts(**json.loads(row["counts"])), str(row["name"])
-    except (RayError, ExecutionTimeoutError) as error:
-        last = str(error).strip().splitlines()[-1]
-        kept = "" if task.results is None else "\nWhat was read is kept; run the same command again to go on."
-        raise errors.ClusterError(f"reading the pairs failed: {last}{kept}") from error

@@ -93,13 +93,13 @@ def train_reward_model(
     import torch
     from datasets import Dataset
     from torch.utils.data import Sampler
-    from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainingArguments
     from transformers.trainer_callback import PrinterCallback
     from transformers.trainer_pt_utils import get_length_grouped_indices
     from transformers.trainer_utils import set_seed
 
     from rc_ray.training.more import EqualWeights, MoreWeights, pair_losses
-    from rc_ray.training.policy import load_whole
+    from rc_ray.training.policy import LoadsByFileNames
     from rc_ray.training.workers import checkpoint_callback
 
     set_seed(options.seed)
@@ -127,16 +127,9 @@ def train_reward_model(
             generator = torch.Generator().manual_seed(options.seed + int(trainer.state.epoch or 0))
             return iter(get_length_grouped_indices(self._lengths, self._rows_per_step, generator=generator))
 
-    class PreferenceTrainer(Trainer):
+    class PreferenceTrainer(LoadsByFileNames, Trainer):
         def _get_train_sampler(self, *_: Any) -> ByLength:
             return ByLength(self.args.train_batch_size * self.args.gradient_accumulation_steps)
-
-        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-            model = self.model if model is None else model
-            if isinstance(model, PreTrainedModel):
-                load_whole(model, resume_from_checkpoint)
-            else:
-                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
         def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
             margins = inputs.pop("margins")

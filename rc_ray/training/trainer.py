@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 from trl import DPOTrainer
 from trl.trainer import dpo_trainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from rc_ray.config import TrainingConfig
 from rc_ray.training.arguments import OWN_LOSS
-from rc_ray.training.policy import load_whole
+from rc_ray.training.policy import LoadsByFileNames
 from rc_ray.training.recipes import mix_loss, modpo_loss, objective_losses, objective_weights, raco_coefficients
 
 # Of all weights, for the name of a cache of log-probs that is not used here.
@@ -28,7 +27,7 @@ class Collator(DataCollatorForPreference):  # type: ignore[misc]
         return {**super().torch_call(examples), "differences": differences}
 
 
-class ReferenceDPOTrainer(DPOTrainer):  # type: ignore[misc]
+class ReferenceDPOTrainer(LoadsByFileNames, DPOTrainer):  # type: ignore[misc]
     """TRL has no door for rows that are ready. Its own loss is taken unless the recipe has another.
 
     Args:
@@ -56,13 +55,6 @@ class ReferenceDPOTrainer(DPOTrainer):  # type: ignore[misc]
 
     def _precompute_ref_logps(self, dataset: Any, *_: Any, **__: Any) -> Any:
         return dataset
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        model = self.model if model is None else model
-        if isinstance(model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            load_whole(model, resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _prepare_input(self, data: Any) -> Any:
         # With DeepSpeed transformers would round log-probs to the precision that the policy computes in.

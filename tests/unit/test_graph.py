@@ -8,8 +8,8 @@ import pickle
 import pytest
 from ray.exceptions import RayTaskError, UserCodeException
 
-from rc_ray.errors import ClusterError
-from rc_ray.pipeline.graph import innermost, resumable
+from rc_ray.errors import ClusterError, innermost
+from rc_ray.pipeline.graph import resumable
 
 FULL = "[Errno 28] No space left on device: '/run/candidates/chunk-000007.parquet'"
 

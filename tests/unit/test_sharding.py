@@ -12,7 +12,7 @@ from rc_ray.config import TrainingConfig
 from rc_ray.errors import ClusterError, ConfigError
 from rc_ray.training import sharding
 from rc_ray.training.arguments import check_training
-from rc_ray.training.policy import copy_policy, load_whole
+from rc_ray.training.policy import LoadsByFileNames, copy_policy
 from rc_ray.training.sharding import deepspeed_config
 
 GATHER = "stage3_gather_16bit_weights_on_model_save"
@@ -100,7 +100,10 @@ def test_what_deepspeed_would_choose_by_itself_is_what_other_options_say() -> No
 def test_weights_that_files_name_otherwise_come_back(tmp_path: Path) -> None:
     import torch
     from safetensors import safe_open
-    from transformers import OlmoeConfig, OlmoeForCausalLM
+    from transformers import OlmoeConfig, OlmoeForCausalLM, Trainer, TrainingArguments
+
+    class Resuming(LoadsByFileNames, Trainer):
+        pass
 
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
     model = OlmoeForCausalLM(OlmoeConfig(**sizes, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, pad_token_id=0))
@@ -111,7 +114,7 @@ def test_weights_that_files_name_otherwise_come_back(tmp_path: Path) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1.0)
-    load_whole(model, str(tmp_path))
+    Resuming(model, TrainingArguments(str(tmp_path / "out"), use_cpu=True))._load_from_checkpoint(str(tmp_path))
     assert all(torch.equal(weights, saved[name]) for name, weights in model.state_dict().items())
 
 
