@@ -59,7 +59,8 @@ def connect(config: ClusterConfig) -> tuple[ClusterInfo, bool]:
             cpus, reason = local_cpus(config)
             # Tickets are more than cores: a process for each of them, before there is work, would only delay the start. Metrics, which every
             # process sends every few seconds, have no reader without a dashboard, and an idle cluster takes a third less time without them.
-            system = {"prestart_worker_first_driver": False, "enable_metrics_collection": False}
+            # At Ray's niceness of 15 an engine could not be told from the rewards beside it, which are to take what it leaves (`ScoreGroups`).
+            system = {"prestart_worker_first_driver": False, "enable_metrics_collection": False, "worker_niceness": 0}
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this node away; one process less
             options |= {"num_cpus": cpus, "include_dashboard": False, "_system_config": system}
             description = f"a local cluster with {cpus} logical CPUs ({reason})"

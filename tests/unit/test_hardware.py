@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rc_ray.generation.hardware import alone_on_gpu, cpu_runtime_env
+from rc_ray.generation.hardware import alone_on_gpu, cpu_engine_environment, cpu_runtime_env
 
 PROGRAM = """
 import ctypes, resource
@@ -48,6 +48,16 @@ def page_faults(environment: dict[str, str]) -> int:
 def test_freed_memory_is_taken_again_without_page_faults() -> None:
     assert page_faults({}) > 10_000
     assert page_faults(cpu_runtime_env()["env_vars"]) < 100
+
+
+def test_an_engine_leaves_the_cores_free_that_vllm_is_told_to_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rc_ray.generation.hardware.num_cores", lambda: 8)
+    monkeypatch.delenv("VLLM_CPU_NUM_OF_RESERVED_CPU", raising=False)
+    assert cpu_engine_environment(1)[0]["OMP_NUM_THREADS"] == "8"
+    monkeypatch.setenv("VLLM_CPU_NUM_OF_RESERVED_CPU", "2")
+    environment, reason = cpu_engine_environment(3)
+    assert environment["OMP_NUM_THREADS"] == "2"
+    assert "2 of them left free" in reason
 
 
 @pytest.mark.parametrize(
