@@ -14,21 +14,26 @@ from rc_ray.config.base import PARALLEL_SIZES, PoolConfig, Section, deployment, 
 
 NamedModel = tuple[str, str | None, bool]
 NamedModels = dict[str, NamedModel]
-# vLLM's engine arguments that a classifier sets itself, and what there is to set instead.
-OWN_ARGUMENTS = {
-    "model": "set `model`",
-    "revision": "set `revision`",
-    "trust_remote_code": "set `trust_remote_code`",
-    "dtype": "set `dtype`",
+# vLLM's engine arguments that a reward sets itself, and what there is to set instead.
+OWN_ARGUMENTS = {name: f"set `{name}`" for name in ("model", "revision", "trust_remote_code", "dtype")} | {
     "max_model_len": "set `max_length`",
+    "load_format": "weights are read from safetensors only",
+}
+OF_CLASSIFIER = OWN_ARGUMENTS | {
     "max_num_batched_tokens": "set `max_batch_tokens`",
     "runner": "a classifier has one",
     "convert": "a classifier has one",
     "pooler_config": "the score is the classifier's own",
-    "load_format": "weights are read from safetensors only",
     "tensor_parallel_size": "an engine of a reward has one device",
     "pipeline_parallel_size": "an engine of a reward has one device",
 }
+
+
+def _refuse(given: dict[str, Any], own: dict[str, str]) -> None:
+    """Raises for the first of the engine arguments that is in the table."""
+    for name in given:
+        if name in own:
+            raise ValueError(f"engine_arguments.{name} is not for you to set: {own[name]}; remove it")
 
 
 class ClassifierReward(Section):
@@ -107,11 +112,8 @@ class ClassifierReward(Section):
                 "adapter is merged into the model by engine: transformers only; use that, or merge it into a model of its own "
                 "(PEFT's `merge_and_unload`) and give that as `model`"
             )
-        for name in self.engine_arguments:
-            if name in OWN_ARGUMENTS or "lora" in name:
-                raise ValueError(
-                    f"engine_arguments.{name} is not for you to set: {OWN_ARGUMENTS.get(name, 'there is no adapter')}; remove it"
-                )
+        of_adapters = {name: "there is no adapter" for name in self.engine_arguments if "lora" in name}
+        _refuse(self.engine_arguments, OF_CLASSIFIER | of_adapters)
         if self.pool.num_gpus is not None and self.pool.num_gpus > 1:
             raise ValueError(
                 f"pool.num_gpus ({self.pool.num_gpus:g}) is more than the one device that engine: vllm uses; lower it"
@@ -311,11 +313,6 @@ class HttpReward(ServiceReward):
 # Fields of a judge that count in one place only: at an endpoint, or in an engine here.
 AT_ENDPOINT = ("token_env", "ca_file", "num_connections", "timeout_s", "max_retries", "max_requests_per_minute")
 IN_ENGINE = ("revision", "trust_remote_code", "max_length", "dtype", "engine_arguments")
-# vLLM's engine arguments that have fields of their own, and these.
-OWNED = {name: f"has a field of its own; set {name}" for name in ("model", "revision", "trust_remote_code", "dtype")} | {
-    "max_model_len": "has a field of its own; set max_length",
-    "load_format": "has no other value here: weights are read from safetensors only; remove it",
-}
 
 
 class JudgeReward(ServiceReward):
@@ -395,9 +392,7 @@ class JudgeReward(ServiceReward):
 
     @model_validator(mode="after")
     def _engine(self) -> JudgeReward:
-        for name, why in OWNED.items():
-            if name in self.engine_arguments:
-                raise ValueError(f"engine_arguments.{name} {why}")
+        _refuse(self.engine_arguments, OWN_ARGUMENTS)
         if self.max_length is not None and self.max_tokens >= self.max_length:
             raise ValueError(f"max_tokens ({self.max_tokens}) leaves no room for a question in max_length ({self.max_length})")
         sizes = {name: self.engine_arguments.get(name, 1) for name in PARALLEL_SIZES}

@@ -3,7 +3,7 @@
     loss = -log sigma(beta [(log pi(y_w) - log pi(y_l)) - (log pi_ref(y_w) - log pi_ref(y_l))])          (TRL's; arXiv 2305.18290)
 
 The reference is the policy that training starts from unless `training.reference.model` is another; its log-probs are columns, computed beforehand (`reference.py`), so that no reference model is in the
-training process. Every worker reads the tokens itself and Hugging Face's sampler shards them by rank and seed.
+training process. Each node reads the tokens once, its workers map them from its disk, and Hugging Face's sampler shards them by rank and seed.
 
 Invariant: no pair is cut; what is wrong with pairs is found before any step (`pairs.py`). With several workers the last batch of an epoch is filled up with pairs
 from its beginning, and how many is said. A finished training trains no step when it is run again; a broken one goes on from its last checkpoint.
@@ -17,12 +17,9 @@ import math
 import os
 import resource
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
 
 from rc_ray.config import Config, TrainingConfig
 from rc_ray.config.load import result_fields
@@ -47,6 +44,7 @@ from rc_ray.training.workers import (
     join,
     leave,
     remove,
+    rows_of_node,
     save,
 )
 
@@ -336,7 +334,6 @@ def average(models: list[Folder], weights: list[float], output: Folder, trust_re
 def _worker(loop_config: dict[str, Any]) -> None:
     """One Ray Train worker."""
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback, set_seed
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
     from transformers.trainer_callback import PrinterCallback
@@ -398,8 +395,7 @@ def _worker(loop_config: dict[str, Any]) -> None:
         history, peak_mib = state["log_history"], _peak_mib()
     else:
         set_seed(task.seed)  # a LoRA begins at random
-        with ThreadPoolExecutor(8) as pool:
-            rows = pa.concat_tables(pool.map(task.tokens.read_table, task.names))
+        rows = rows_of_node(task.tokens, task.names, place)
         if not is_sharded(training):
             hide_group_of_one(place)
         # Before the policy is loaded: DeepSpeed's ZeRO 3 shards it as it is read.
@@ -410,7 +406,7 @@ def _worker(loop_config: dict[str, Any]) -> None:
             model=load_policy(path, training, task.on_gpu, **options),
             peft_config=lora_of(training, "CAUSAL_LM"),
             args=arguments,
-            train_dataset=Dataset(rows),
+            train_dataset=rows,
             processing_class=AutoTokenizer.from_pretrained(path, **options),
             callbacks=[checkpoint_callback(place), progress],
         )

@@ -6,14 +6,18 @@ nodes add only what differs by rank.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
 
 from rc_ray.config import differences
 from rc_ray.errors import ClusterError, ResumeError
@@ -22,6 +26,8 @@ from rc_ray.ledger.storage import Folder
 
 # The other workers wait while the first one reads or writes a checkpoint or a merged model; Ray's default of half an hour is short for 70B.
 COLLECTIVE_TIMEOUT_S = 7200
+# Files that are read at a time.
+NUM_READERS = 8
 
 BEGUN = "begun.json"
 """In the folder of a training that runs or was killed: all that its outcome depends on."""
@@ -158,6 +164,27 @@ def hide_group_of_one(place: Place) -> None:
     if place.world == 1 and torch.cuda.device_count() <= 1:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             os.environ.pop(name, None)
+
+
+def rows_of_node(folder: Folder, names: list[str], place: Place) -> Any:
+    """All rows of the named Parquet files, which have one schema, in their order, as a `datasets.Dataset`.
+
+    The first worker of a node reads them once; its workers map the same file of the node's disk, so that none holds them in memory.
+    """
+    import torch
+    from datasets import Dataset
+
+    path = place.shared / "rows.arrow"
+    if place.local_rank == 0:
+        place.shared.mkdir(exist_ok=True)
+        with contextlib.ExitStack() as stack, ThreadPoolExecutor(NUM_READERS) as pool:
+            writer = None
+            for start in range(0, len(names), NUM_READERS):
+                for table in pool.map(folder.read_table, names[start : start + NUM_READERS]):
+                    writer = writer or stack.enter_context(pa.ipc.new_stream(str(path), table.schema))
+                    writer.write_table(table)
+    torch.distributed.barrier()
+    return Dataset.from_file(str(path))
 
 
 def leave(place: Place) -> None:

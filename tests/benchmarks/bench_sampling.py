@@ -321,7 +321,7 @@ def part_engine(results: Results, folder: Path, output: Path, rounds: int) -> No
         **UNTRAINED,
     })  # fmt: skip
     print(f"\nengine: SmolLM2-135M, {number} prompts x 8 answers of at most {tokens} tokens")
-    core_left = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "1"}
+    core_left = {"RC_RAY_FREE_CORES": "1"}
     ask_apart, ask_apart_as_ours = asker(__file__, core_left), asker(__file__, core_left | KEPT_MEMORY)
     sampled: list[Spec] = []
 

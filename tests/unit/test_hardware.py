@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from rc_ray.generation.hardware import alone_on_gpu, cpu_engine_environment, cpu_runtime_env
+from rc_ray.errors import ConfigError
+from rc_ray.generation.hardware import alone_on_gpu, cpu_engine_environment, cpu_runtime_env, num_cores
 
 PROGRAM = """
 import ctypes, resource
@@ -50,14 +51,18 @@ def test_freed_memory_is_taken_again_without_page_faults() -> None:
     assert page_faults(cpu_runtime_env()["env_vars"]) < 100
 
 
-def test_an_engine_leaves_the_cores_free_that_vllm_is_told_to_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rc_ray.generation.hardware.num_cores", lambda: 8)
-    monkeypatch.delenv("VLLM_CPU_NUM_OF_RESERVED_CPU", raising=False)
-    assert cpu_engine_environment(1)[0]["OMP_NUM_THREADS"] == "8"
-    monkeypatch.setenv("VLLM_CPU_NUM_OF_RESERVED_CPU", "2")
-    environment, reason = cpu_engine_environment(3)
-    assert environment["OMP_NUM_THREADS"] == "2"
-    assert "2 of them left free" in reason
+def test_cores_can_be_left_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RC_RAY_FREE_CORES", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert num_cores() == 8
+    monkeypatch.setenv("RC_RAY_FREE_CORES", "2")
+    assert num_cores() == 6
+    assert cpu_engine_environment(2)[0]["OMP_NUM_THREADS"] == "3"
+    monkeypatch.setenv("RC_RAY_FREE_CORES", "8")
+    assert num_cores() == 1
+    monkeypatch.setenv("RC_RAY_FREE_CORES", "-1")
+    with pytest.raises(ConfigError, match="RC_RAY_FREE_CORES = '-1' is no number of cores; set how many"):
+        num_cores()
 
 
 @pytest.mark.parametrize(

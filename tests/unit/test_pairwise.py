@@ -270,7 +270,7 @@ URL = "url: 'https://host/v1/chat/completions'"
         (
             f"{JUDGE}, engine_arguments: {{max_model_len: 64}}",
             [],
-            ["engine_arguments.max_model_len has a field of its own; set max_length"],
+            ["engine_arguments.max_model_len is not for you to set: set `max_length`; remove it"],
         ),
         (f"{JUDGE}, engine_arguments: {{load_format: dummy}}", [], ["engine_arguments.load_format", "safetensors only"]),
         (f"{JUDGE}, engine_arguments: {{tensor_parallel_size: 2}}", [], ["needs pool.num_gpus: 2"]),
