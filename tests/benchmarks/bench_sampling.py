@@ -40,7 +40,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import ALPACA, MIB, ROOT, Results, Spec, asker, begin_rounds, is_worker, ratios, spread
+from common import ALPACA, CORE_LEFT, MIB, ROOT, Results, Spec, asker, begin_rounds, is_worker, ratios, spread
 
 from rc_ray.generation.hardware import KEPT_MEMORY
 
@@ -261,6 +261,7 @@ WORKERS: dict[str, Callable[[Spec], Spec]] = {f.__name__: f for f in (plain_vllm
 
 
 ask, ask_as_ours = asker(__file__), asker(__file__, KEPT_MEMORY)
+ask_apart, ask_apart_as_ours = asker(__file__, CORE_LEFT), asker(__file__, CORE_LEFT | KEPT_MEMORY)
 
 
 def rounds_of(number: int, competitors: dict[str, Callable[[], Spec]]) -> dict[str, list[Spec]]:
@@ -321,8 +322,6 @@ def part_engine(results: Results, folder: Path, output: Path, rounds: int) -> No
         **UNTRAINED,
     })  # fmt: skip
     print(f"\nengine: SmolLM2-135M, {number} prompts x 8 answers of at most {tokens} tokens")
-    core_left = {"RC_RAY_FREE_CORES": "1"}
-    ask_apart, ask_apart_as_ours = asker(__file__, core_left), asker(__file__, core_left | KEPT_MEMORY)
     sampled: list[Spec] = []
 
     def alone() -> Spec:

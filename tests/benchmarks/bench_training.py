@@ -27,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import MIB, ROOT, Results, Spec, asker, begin_rounds, is_worker, ratios, spread
+from common import CORE_LEFT, MIB, ROOT, Results, Spec, asker, begin_rounds, is_worker, ratios, spread
 
 from rc_ray.generation.hardware import KEPT_MEMORY
 
@@ -156,6 +156,7 @@ def reference_pass(spec: Spec) -> Spec:
 
 WORKERS: dict[str, Callable[[Spec], Spec]] = {f.__name__: f for f in (rc_ray, plain_trl, reference_pass)}
 ask, ask_as_ours = asker(__file__), asker(__file__, KEPT_MEMORY)
+ask_apart, ask_apart_as_ours = asker(__file__, CORE_LEFT), asker(__file__, CORE_LEFT | KEPT_MEMORY)
 
 
 # ---------------------------------------------------------------- parts
@@ -211,16 +212,13 @@ def part_training(results: Results, folder: Path, data: Path, rounds: int) -> No
     print(
         f"   the reference pass took {first['seconds']:.1f} s with the loading of the model, {first['tokens']} tokens, {first['padding']:.1%} padding"
     )
-    core_left = {"RC_RAY_FREE_CORES": "1"}
     competitors = {
         "TRL alone": lambda: ask("plain_trl", spec),
         "rc_ray": lambda: ask("rc_ray", spec),
         "TRL alone, kept": lambda: ask_as_ours("plain_trl", spec),
         "TRL with columns": lambda: ask_as_ours("plain_trl", {**spec, "columns": True}),
-        "rc_ray, a core left": lambda: asker(__file__, core_left)("rc_ray", spec),
-        "TRL with columns, a core left": lambda: asker(__file__, core_left | KEPT_MEMORY)(
-            "plain_trl", {**spec, "columns": True}
-        ),
+        "rc_ray, a core left": lambda: ask_apart("rc_ray", spec),
+        "TRL with columns, a core left": lambda: ask_apart_as_ours("plain_trl", {**spec, "columns": True}),
     }
     found: dict[str, list[Spec]] = {name: [] for name in competitors}
     for _ in range(rounds):

@@ -88,6 +88,10 @@ def begin_rounds(
     return options, output, results, options.rounds or (1 if options.quick else 3)
 
 
+# Of a competitor that computes on all cores but one.
+CORE_LEFT = {"RC_RAY_FREE_CORES": "1"}
+
+
 def asker(script: str, environment: Mapping[str, str] | None = None) -> Callable[[str, Spec], Spec]:
     """What runs a competitor of this script, by its name, in a process of its own, with more in its environment; see `is_worker`."""
 
