@@ -86,9 +86,9 @@ class Driver:
     def printed(self) -> str:
         return self._log.read_text()
 
-    def sampled(self) -> list[int]:
-        """Prompts sampled, by the progress lines printed so far."""
-        return [int(number) for number in re.findall(r"^sample +(\d+)/", self.printed(), re.MULTILINE)]
+    def progress(self, stage: str) -> list[int]:
+        """Prompts that a stage has finished, by the progress lines printed so far."""
+        return [int(number) for number in re.findall(rf"^{stage} +(\d+)/", self.printed(), re.MULTILINE)]
 
     def ended(self) -> str:
         """Waits for the end; returns what was printed."""
