@@ -279,7 +279,8 @@ class ClusterConfig(Section):
     """Seconds between progress lines."""
 
     stall_timeout_s: float = Field(1800.0, gt=0)
-    """The run ends, resumable, when nothing has finished for so long; longer than a model takes to load and one group to finish."""
+    """The run ends, resumable, when nothing has moved for so long: no group finished, no text read by a network, no request answered. Longer than a
+    model takes to load, a group to be sampled, and a rule, a class of one's own that counts nothing or a judge in vLLM to score a chunk."""
 
     max_attempts: int = Field(3, ge=1)
     """How often a group may take its process down with it before it is recorded as failed; other groups go on."""

@@ -6,10 +6,13 @@ Invariant: every row that comes in goes out, whatever happened to it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import pyarrow as pa
@@ -35,16 +38,20 @@ if TYPE_CHECKING:
 # In messages of errors that PyTorch has no type for.
 BROKEN = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS")
 CHUNK, SAMPLED, SCORED = "chunk", "sampled", "scored"
+# How often it is said that a long block of rewards goes on.
+MOVED_INTERVAL_S = 5.0
 Prompt = tuple[Member, list[int], int, int]  # policy, token ids, and which candidates [first, end) it is to give
 
 
 def load_chunk(items: pa.Table, prompts: Folder, groups: Folder, board: Any) -> pa.Table:
     """Reads one chunk, when few enough are in work: its groups when they have been sampled, with the rewards that are committed; else its
-    prompts with `candidates` null."""
+    prompts with `candidates` null, or nothing after the end of sampling."""
     (item,) = items.to_pylist()
-    ask_board(board.may_load, item[CHUNK])
     name = f"{chunk_name(item[CHUNK])}.parquet"
-    table = (groups if item[SAMPLED] else prompts).read_table(name)
+    if ask_board(board.may_load, item[CHUNK], item[SAMPLED]):
+        table = (groups if item[SAMPLED] else prompts).read_table(name)
+    else:
+        table = schemas.GROUP.empty_table()
     wanted = [*schemas.GROUP.names, *(field.name for field in schemas.reward_fields(item[SCORED].split()))]
     table = table.select([n for n in wanted if n in table.column_names])
     for field in schemas.GROUP:
@@ -324,9 +331,31 @@ class ScoreGroups:
     def _ask(self, prompts: list[Any], answers: list[str]) -> list[Score]:
         began_s = time.monotonic()
         try:
-            return self._reward.score(prompts, answers)
+            with self._moving():
+                return self._reward.score(prompts, answers)
         finally:
             self._busy_s += time.monotonic() - began_s
+
+    @contextlib.contextmanager
+    def _moving(self) -> Iterator[None]:
+        """Around a call of the reward, which may take longer than the watchdog waits: as long as what it has read grows, the board is told."""
+        ended = threading.Event()
+
+        def watch() -> None:
+            seen = self._figures
+            while not ended.wait(MOVED_INTERVAL_S):
+                with contextlib.suppress(RuntimeError):  # counted on while it was copied
+                    if (now := figures_of(self._reward)) != seen:
+                        seen = now
+                        self._reporter.moved()
+
+        thread = threading.Thread(target=watch, name="moving", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def _report(self) -> None:
         """Tells the board what the reward has done since the last time."""

@@ -171,10 +171,15 @@ class ProgressBoard(AttemptBook):
         self._max_loaded, self._finished = max_loaded, finished
         self._loaded.clear()
 
-    def may_load(self, chunk: int) -> bool | None:
-        """Whether a chunk may be loaded; None: not yet, ask again."""
+    def may_load(self, chunk: int, is_sampled: bool) -> bool | None:
+        """Whether a chunk may be loaded; None: not yet, ask again. False: it is to be sampled, and sampling has ended."""
+        ended = self.sampling_ended() is not None
+        if ended and not is_sampled:
+            assert self._bound is not None
+            self.advance(self._bound[1], 0, 0)  # that many of them pass takes time, and is no stall
+            return False
         waits = self._max_loaded is not None and chunk not in self._loaded and len(self._loaded) >= self._max_loaded
-        if waits and self.sampling_ended() is None:  # after the end, chunks pass without a commit
+        if waits and not ended:  # after the end, chunks pass without a commit
             return None
         self._loaded.add(chunk)
         return True
@@ -234,12 +239,12 @@ class ProgressBoard(AttemptBook):
         return shown
 
 
-def ask_board(method: Any, chunk: int) -> bool:
+def ask_board(method: Any, chunk: int, *more: Any) -> bool:
     """The board's answer about a chunk; waits while it has none, and asks less often the longer it has waited: engines on CPUs lose their cores to it."""
     import ray
 
     pause_s = 0.05
-    while (answer := ray.get(method.remote(chunk))) is None:
+    while (answer := ray.get(method.remote(chunk, *more))) is None:
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, 2.0)
     return bool(answer)
@@ -267,6 +272,11 @@ class Reporter:
             self._failed += failed
             if time.monotonic() - self._sent_s >= FLUSH_INTERVAL_S:
                 self._send()
+
+    def moved(self) -> None:
+        """Says that work goes on, though nothing has finished."""
+        if self._board is not None:
+            self._board.advance.remote(self._stage, 0, 0)
 
     def add_load(self, load: Load) -> None:
         """Sends what the engine did."""

@@ -83,7 +83,8 @@ class CountingReward(Reward, Protocol):
 
         `num_texts`: texts that a network has read. `num_too_long`: others, which have no score. `num_truncated`: of `num_texts`, those that were cut.
         `num_tokens`: of all these texts. `num_padded_tokens`: the same with padding. `num_cached_tokens`: of `num_tokens`, those that
-        a prefix cache knew already.
+        a prefix cache knew already. A reward over HTTP and a judge count `num_requests`. It is also asked from another thread while `score` runs:
+        what grows is taken as a sign that the work goes on, also where a block takes longer than `cluster.stall_timeout_s`.
         """
 
 

@@ -47,6 +47,10 @@ class Reply:
 class ChatModel(Protocol):
     """Answers questions."""
 
+    @property
+    def num_requests(self) -> int:
+        """Questions that have ended, with a reply or without one."""
+
     def ask(self, questions: list[list[Message]], wanted: Wanted) -> list[Reply]:
         """One reply per question."""
 
@@ -57,6 +61,11 @@ class EndpointChat:
     def __init__(self, config: JudgeReward, first_wait_s: float = FIRST_WAIT_S) -> None:
         self._service = Service(config, first_wait_s)
         self._model = config.model
+
+    @property
+    def num_requests(self) -> int:
+        """See `ChatModel`."""
+        return self._service.num_requests
 
     def ask(self, questions: list[list[Message]], wanted: Wanted) -> list[Reply]:
         """See `ChatModel.ask`."""

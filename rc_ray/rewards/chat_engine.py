@@ -62,6 +62,8 @@ class EngineChat:
                 **arguments,
             )
 
+    num_requests = 0
+
     def ask(self, questions: list[list[Message]], wanted: Wanted) -> list[Reply]:
         """See `ChatModel.ask`.
 
@@ -104,6 +106,7 @@ class EngineChat:
             raise EngineDied(f"{type(error).__name__}: {error}") from error
         if len(outputs) != len(prompts):
             raise EngineDied(f"vLLM returned {len(outputs)} outputs of {len(prompts)}")
+        self.num_requests += len(prompts)
         return [self._reply(output.outputs[0]) for output in outputs]
 
     @staticmethod

@@ -26,6 +26,10 @@ class HttpRewardService:
         batches = [items[start : start + size] for start in range(0, len(items), size)]
         return [score for scores in self._service.map(self._ask, batches) for score in scores]
 
+    def figures(self) -> dict[str, int]:
+        """Since it was made: requests that have ended."""
+        return {"num_requests": self._service.num_requests}
+
     def _ask(self, items: list[dict[str, Any]]) -> list[Score]:
         """The scores of one request."""
         try:

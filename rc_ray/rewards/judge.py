@@ -74,10 +74,12 @@ class JudgeRewardModel:
         return [read(reply) for reply in self._ask(cases)]
 
     def figures(self) -> dict[str, int]:
-        """Since this judge was made: comparisons with a verdict in both orders, and those of them in which the two differ."""
-        if self._config.method != "pairwise":
-            return {}
-        return {"num_comparisons": self._num_comparisons, "num_order_disagreements": self._num_order_disagreements}
+        """Since this judge was made: requests that have ended, and of `pairwise`, comparisons with a verdict in both orders, and those of them in
+        which the two differ."""
+        found = {"num_requests": self._chat.num_requests}
+        if self._config.method == "pairwise":
+            found |= {"num_comparisons": self._num_comparisons, "num_order_disagreements": self._num_order_disagreements}
+        return found
 
     def _ask(self, cases: list[dict[str, Any]]) -> list[Reply]:
         system: Message = {"role": "system", "content": self._task}

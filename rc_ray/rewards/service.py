@@ -66,6 +66,9 @@ class Service:
     Args:
         first_wait_s: before the second repetition of a request; it doubles from there.
 
+    Attributes:
+        num_requests: questions of `map` that have ended, with an answer or without one.
+
     Raises:
         ConfigError: the token's environment variable is not set here.
     """
@@ -79,6 +82,8 @@ class Service:
         self._config, self._first_wait_s = config, first_wait_s
         self.url = urlsplit(config.url)._replace(query="", fragment="").geturl()  # a query may hold a key
         self._pace = pace = Pace(config.max_requests_per_minute)
+        self._lock = threading.Lock()
+        self.num_requests = 0
         self._session = requests.Session()
         self._verify = config.ca_file  # the session's would give way to REQUESTS_CA_BUNDLE
         if config.token_env is not None:
@@ -154,5 +159,13 @@ class Service:
 
     def map(self, ask: Callable[[T], R], questions: Sequence[T]) -> list[R]:
         """`ask` of every question, over `num_connections` connections, in order."""
+
+        def counted(question: T) -> R:
+            try:
+                return ask(question)
+            finally:
+                with self._lock:
+                    self.num_requests += 1
+
         with ThreadPoolExecutor(self._config.num_connections) as pool:
-            return list(pool.map(ask, questions))
+            return list(pool.map(counted, questions))

@@ -75,16 +75,17 @@ def test_sampling_waits_for_rewards_only_where_pairs_are_counted() -> None:
 
 def test_chunks_in_work_are_limited_until_the_last_stage_commits_them() -> None:
     board = ProgressBoard()
-    assert [board.may_load(chunk) for chunk in range(5)] == [True] * 5
+    assert [board.may_load(chunk, False) for chunk in range(5)] == [True] * 5
     board.hold_loading(2, "score")
-    assert [board.may_load(chunk) for chunk in (0, 1, 2, 0)] == [True, True, None, True]  # 0 again: its task was lost
+    assert [board.may_load(chunk, False) for chunk in (0, 1, 2, 0)] == [True, True, None, True]  # 0 again: its task was lost
     board.committed("sample", 0, None)
-    assert board.may_load(2) is None
+    assert board.may_load(2, False) is None
     board.committed("score", 0, 3)
-    assert [board.may_load(chunk) for chunk in (2, 3)] == [True, None]
+    assert [board.may_load(chunk, False) for chunk in (2, 3)] == [True, None]
     board.begin("sample", "prompts", 9)
     board.bound(BudgetConfig(max_generated_tokens=1), "sample", "score", 0, 1)
-    assert board.may_load(3) is True, "nothing is sampled any more, so nothing is committed, and what is left passes"
+    assert board.may_load(3, True) is True, "nothing is sampled any more, so nothing is committed, and what is left passes"
+    assert board.may_load(4, False) is False
 
 
 def test_scoring_waits_for_commits() -> None:

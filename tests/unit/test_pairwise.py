@@ -81,7 +81,7 @@ def test_every_two_answers_of_a_group_are_compared_in_both_orders(service: Servi
         ("second", "yy", "x"),
     ]
     assert sorted(asked) == sorted(both_orders)
-    assert judge.figures() == {"num_comparisons": 7, "num_order_disagreements": 0}
+    assert judge.figures() == {"num_requests": 14, "num_comparisons": 7, "num_order_disagreements": 0}
     request = service.requests[0]
     assert request["response_format"]["json_schema"]["schema"] == {
         "type": "object",
@@ -99,17 +99,17 @@ def test_a_judge_that_goes_by_the_place_gives_ties_and_is_seen(service: Service)
     service.script = [better("first")]
     judge = judge_of(service)
     assert values(judge.score(*group("a", "bb", "ccc"))) == [0.5, 0.5, 0.5]
-    assert judge.figures() == {"num_comparisons": 3, "num_order_disagreements": 3}
+    assert judge.figures() == {"num_requests": 6, "num_comparisons": 3, "num_order_disagreements": 3}
 
 
 def test_a_win_in_one_order_and_a_tie_in_the_other_is_a_tie(service: Service) -> None:
     service.script = [lambda request: better("first" if case_of(request)["first"] == "a" else "tie")]
     judge = judge_of(service)
     assert values(judge.score(*group("a", "bb"))) == [0.5, 0.5]
-    assert judge.figures() == {"num_comparisons": 1, "num_order_disagreements": 1}
+    assert judge.figures() == {"num_requests": 2, "num_comparisons": 1, "num_order_disagreements": 1}
     service.script = [better("tie")]
     assert values(judge.score(*group("a", "bb"))) == [0.5, 0.5]
-    assert judge.figures() == {"num_comparisons": 2, "num_order_disagreements": 1}
+    assert judge.figures() == {"num_requests": 4, "num_comparisons": 2, "num_order_disagreements": 1}
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_a_comparison_that_fails_in_one_order_is_left_out(service: Service, answ
     assert values(scores) == [0.0, None, 1.0, 0.5]
     assert words in scores[1].missing
     assert "no comparison with a verdict in both orders" in scores[1].missing
-    assert judge.figures() == {"num_comparisons": 3, "num_order_disagreements": 0}
+    assert judge.figures() == {"num_requests": 12, "num_comparisons": 3, "num_order_disagreements": 0}
 
 
 def test_what_passes_is_asked_again(service: Service) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pyarrow as pa
@@ -12,7 +14,9 @@ import pytest
 from rc_ray.config import RuleReward
 from rc_ray.core import schemas
 from rc_ray.generation.engine import EngineDied
+from rc_ray.pipeline import actors
 from rc_ray.pipeline.actors import ScoreGroups
+from rc_ray.rewards.base import Score
 
 
 class Left(BaseException):
@@ -65,3 +69,37 @@ def test_an_error_costs_its_group_alone_even_with_a_single_attempt() -> None:
     missing = scored.column("missing.x").to_pylist()
     assert missing[0] is None
     assert "ValueError: not this one" in missing[1]
+
+
+@pytest.mark.parametrize(("reads", "least", "most"), [(1, 3, 20), (0, 0, 0)])
+def test_a_long_block_is_seen_to_go_on_as_long_as_its_reward_reads(
+    reads: int, least: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow:
+        read = 0
+
+        def figures(self) -> dict[str, int]:
+            return {"num_texts": self.read}
+
+        def score(self, prompts: list[Any], answers: list[str]) -> list[Score]:
+            for _ in range(10):
+                time.sleep(0.05)
+                self.read += reads
+            return [Score(1.0)] * len(answers)
+
+    config = RuleReward(kind="rule", function=f"{__name__}:template_refuses")
+    groups = ScoreGroups("x", config, None, True, 1, None, "score", 1, first=True, last=False, keep_scored=False)
+    moved: list[tuple[Any, ...]] = []
+    nothing = SimpleNamespace(remote=lambda *_: None)
+    board = SimpleNamespace(
+        advance=SimpleNamespace(remote=lambda *given: moved.append(given)), add_scoring=nothing, error=nothing
+    )
+    monkeypatch.setattr(actors, "MOVED_INTERVAL_S", 0.02)
+    monkeypatch.setattr(groups, "_reward", Slow())
+    monkeypatch.setattr(groups._reporter, "_board", board)
+    monkeypatch.setattr(groups, "_report", lambda: None)
+    monkeypatch.setattr(groups, "_figures", {"num_texts": 0})
+    row = {"prompt_id": "0" * 32, "prompt": [{"role": "user", "content": "hi"}], "candidates": [{"text": "a"}]}
+    assert groups(pa.Table.from_pylist([row], schema=schemas.GROUP)).column("reward.x").to_pylist() == [[1.0]]
+    assert least <= len(moved) <= most
+    assert set(moved) <= {("score", 0, 0)}
