@@ -7,15 +7,17 @@ when it is closed, so no rename is needed. An empty file counts as absent: it is
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
+import re
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
 import pyarrow as pa
@@ -28,6 +30,39 @@ from rc_ray.errors import DataError
 LOCK_NAME = "driver.json"
 # Filesystems on which a file is there, or takes an older one's place, when its stream is closed; on others (HDFS, Azure) as soon as it is opened.
 WHOLE_WHEN_CLOSED = ("s3", "gcs")
+# What passes, in the errors of object storage, after pyarrow has tried again for some seconds; one of them must not cost what is being computed.
+TRANSIENT = re.compile(
+    r"NETWORK_CONNECTION|SLOW_DOWN|THROTTLING|INTERNAL_FAILURE|SERVICE_UNAVAILABLE|UNAVAILABLE|REQUEST_TIMEOUT|DEADLINE_EXCEEDED|HTTP status (429|5\d\d)|"
+    "timed? ?out",
+    re.IGNORECASE,
+)
+WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@functools.lru_cache(maxsize=256)
+def _opened(uri: str) -> tuple[pafs.FileSystem, str]:
+    """One connection per process and folder, rather than one for every file."""
+    filesystem, path = pafs.FileSystem.from_uri(uri)
+    return filesystem, str(path)
+
+
+def _patient(method: Callable[Concatenate[Folder, P], T]) -> Callable[Concatenate[Folder, P], T]:
+    """Repeats an operation on storage other than a local disk after an error that passes. It must be one that can be repeated."""
+
+    @functools.wraps(method)
+    def repeated(self: Folder, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        for wait_s in () if self.is_local else WAITS_S:
+            try:
+                return method(self, *args, **kwargs)
+            except OSError as error:
+                if not TRANSIENT.search(str(error)):
+                    raise
+                time.sleep(wait_s)
+        return method(self, *args, **kwargs)
+
+    return repeated
 
 
 @dataclass(frozen=True)
@@ -69,8 +104,7 @@ class Folder:
         if self.is_local:
             return pafs.LocalFileSystem(), self.uri
         try:
-            filesystem, path = pafs.FileSystem.from_uri(self.uri)
-            return filesystem, str(path)
+            return _opened(self.uri)
         except (pa.ArrowInvalid, OSError, ImportError) as error:
             raise DataError(
                 f"cannot open {self.uri!r}: {error}; use a local path or a URI that pyarrow reads (s3://, gs://)"
@@ -84,18 +118,21 @@ class Folder:
         base, mark, query = self.uri.partition("?") if not self.is_local else (self.uri, "", "")
         return Folder(f"{base}{suffix}{mark}{query}")
 
+    @_patient
     def names(self, suffix: str = "") -> list[str]:
         """Sorted names of the plain files in this folder; empty when it does not exist."""
         filesystem, path = self.filesystem()
         infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
         return sorted(i.base_name for i in infos if i.type == pafs.FileType.File and i.size and i.base_name.endswith(suffix))
 
+    @_patient
     def exists(self, name: str = "") -> bool:
         """Whether the folder, or a file in it, is there."""
         filesystem, path = self.filesystem()
         found = filesystem.get_file_info(f"{path}/{name}" if name else path)
         return bool(found.type == pafs.FileType.Directory or found.size)
 
+    @_patient
     def is_empty(self) -> bool:
         """Whether the folder is absent or holds nothing but what a killed driver left behind: its lock, half a file."""
         filesystem, path = self.filesystem()
@@ -114,12 +151,14 @@ class Folder:
                 if name.startswith(".") and name.endswith(".tmp"):
                     os.unlink(os.path.join(self.uri, name))
 
+    @_patient
     def read_bytes(self, name: str) -> bytes:
         """A file's content."""
         filesystem, path = self.filesystem()
         with filesystem.open_input_stream(f"{path}/{name}") as stream:
             return bytes(stream.read())
 
+    @_patient
     def write_bytes(self, name: str, content: bytes) -> None:
         """Writes a file whole, replacing an older one.
 
@@ -173,6 +212,7 @@ class Folder:
         time.sleep(1.0)
         return self.read_bytes(name) == content
 
+    @_patient
     def remove(self, name: str) -> None:
         """Deletes a file; nothing happens when it is gone already."""
         filesystem, path = self.filesystem()
@@ -187,6 +227,7 @@ class Folder:
         """Writes a value as JSON."""
         self.write_bytes(name, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
+    @_patient
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """A Parquet file as a table."""
         filesystem, path = self.filesystem()
@@ -212,6 +253,7 @@ class Folder:
             return schema.empty_table()
         return pa.concat_tables(tables, promote_options="default")
 
+    @_patient
     def listing(self) -> list[tuple[str, int, str]]:
         """Path in this folder, size in bytes and time of the last change of all files below it; empty when it does not exist."""
         filesystem, path = self.filesystem()
@@ -219,18 +261,21 @@ class Folder:
         files = (info for info in infos if info.type == pafs.FileType.File)
         return sorted((info.path.removeprefix(path), info.size, str(info.mtime)) for info in files)
 
+    @_patient
     def upload(self, local: str | Path) -> None:
         """Copies a local folder into this one."""
         filesystem, path = self.filesystem()
         filesystem.create_dir(path, recursive=True)
         pafs.copy_files(str(local), path, pafs.LocalFileSystem(), filesystem)
 
+    @_patient
     def copy_to(self, other: Folder) -> None:
         """Copies all that is in this folder into another."""
         (filesystem, path), (target, there) = self.filesystem(), other.filesystem()
         target.create_dir(there, recursive=True)
         pafs.copy_files(path, there, filesystem, target)
 
+    @_patient
     def download(self, local: str | Path) -> None:
         """Copies this folder to a local one."""
         filesystem, path = self.filesystem()

@@ -16,7 +16,7 @@ import yaml
 from rc_ray.config import Config, load_config
 from rc_ray.core import schemas
 from rc_ray.errors import DataError, ResumeError
-from rc_ray.ledger import rundir
+from rc_ray.ledger import rundir, storage
 from rc_ray.ledger.ledger import Ledger, chunk_name
 from rc_ray.ledger.storage import Folder
 
@@ -100,6 +100,40 @@ def test_object_stores_take_a_file_when_it_is_closed(
     assert folder.create("a.json", b"third") is False
     assert [re.fullmatch(f"{tmp_path}/{opened}", place) is not None for place in places] == [True, True]
     assert files_below(tmp_path) == {"deep/a.json": b"second"}
+
+
+def test_an_error_of_storage_that_passes_is_waited_for_and_another_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Folder(f"file://{tmp_path}")
+    folder.write_bytes("a", b"content")
+    waits: list[float] = []
+    errors: list[str] = []
+    opened = storage._opened
+
+    def failing(uri: str) -> Any:
+        if errors:
+            raise OSError(errors.pop())
+        return opened(uri)
+
+    # Where it is raised is not where it comes from; what matters is the message.
+    monkeypatch.setattr(Folder, "filesystem", lambda self: failing(self.uri))
+    monkeypatch.setattr(storage.time, "sleep", waits.append)
+    errors += [
+        "When reading: AWS Error SLOW_DOWN during GetObject operation",
+        "curlCode: 28, Timeout was reached",
+        "HTTP status 503",
+    ]
+    assert folder.read_bytes("a") == b"content"
+    assert waits == [1.0, 2.0, 4.0]
+    errors += ["AWS Error ACCESS_DENIED during GetObject operation"]
+    with pytest.raises(OSError, match="ACCESS_DENIED"):
+        folder.read_bytes("a")
+    assert len(waits) == 3
+    errors += ["HTTP status 503"] * 9
+    with pytest.raises(OSError, match="503"):
+        folder.write_bytes("b", b"")
+    assert waits[3:] == list(storage.WAITS_S)
 
 
 def test_read_all_goes_by_name_and_needs_a_schema_when_nothing_is_there(tmp_path: Path) -> None:
