@@ -20,6 +20,7 @@ from rc_ray.config import Config, fingerprint, load_config
 from rc_ray.core.statistics import Interval
 from rc_ray.errors import ClusterError, ConfigError, ResumeError
 from rc_ray.evaluation.compare import Comparison, ObjectiveComparison
+from rc_ray.generation.hardware import choose_dtype
 from rc_ray.generation.load import load_line
 from rc_ray.ledger import rundir
 from rc_ray.ledger.lock import DriverLock
@@ -212,8 +213,11 @@ def _run_pending(config: Config, run_dir: RunDir, todo: list[str], emit: stages.
         resources = (cluster.cpus, cluster.gpus, cluster.num_nodes, cluster.gpus_per_node)
         plan = make_plan(config, *resources)
         if {"sample", "evaluate"} & set(todo):
-            config = stages.pin_engines(config, run_dir, plan.generation.num_gpus > 0, emit)
-            plan = make_plan(config, *resources)
+            on_gpu = plan.generation.num_gpus > 0
+            pinned = stages.pin_engines(config, run_dir, on_gpu, emit)
+            if pinned.generation.dtype != choose_dtype(config.generation.dtype, on_gpu)[0]:
+                plan = make_plan(pinned, *resources)  # else it says why this one was chosen
+            config = pinned
         for line in plan.lines():
             emit(f"pool      {line}")
         if "train" in todo:  # what it needs of the machines is missing now, not after days of sampling

