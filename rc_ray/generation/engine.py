@@ -213,8 +213,8 @@ class SamplingEngine:
                 seen_s = now
                 for output in finished:
                     del begun_s[output.request_id]
-                    done = in_flight.pop(output.request_id)
-                    done.future.set_result(self._candidates(output, done))
+                    candidates = self._candidates(output, in_flight[output.request_id])
+                    in_flight.pop(output.request_id).future.set_result(candidates)
                 self._give_up(in_flight, begun_s, now)
         except BaseException as error:
             self._end(EngineDied(f"{type(error).__name__}: {error}"))
