@@ -18,8 +18,10 @@ import rc_ray.pipeline.rounds
 from rc_ray.cli import main
 from rc_ray.config import load_config
 from rc_ray.doctor import Finding
+from rc_ray.errors import ConfigError
 from rc_ray.ledger import rundir
 from rc_ray.pipeline import stages
+from tests.conftest import ROOT
 
 MAX_SECONDS = 10
 STAGE_OPTIONS = ["CONFIG", "--set KEY=VALUE", "--input", "--output"]
@@ -274,3 +276,13 @@ def test_an_interrupt_says_how_to_go_on_and_a_bug_keeps_its_trace(
     monkeypatch.setattr(rc_ray.pipeline.rounds, "run_rounds", broken)
     with pytest.raises(AssertionError, match="ours"):
         main(["run", str(config_file)])
+
+
+def test_a_job_writes_nothing_into_rays_copy_of_what_was_submitted(config_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "session_1" / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    folder.mkdir(parents=True)
+    command = [sys.executable, str(ROOT / "jobs" / "run_rcs.py"), "--config", str(config_file), "--set", "output=runs/first"]
+    found = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    assert found.returncode == ConfigError.exit_code
+    assert "output = 'runs/first': is in the folder that Ray keeps for this job alone" in found.stderr
+    assert not list(folder.iterdir())
