@@ -187,6 +187,11 @@ class TrainingConfig(Section):
                     f"{number} x per_device_batch_size ({self.per_device_batch_size}); choose one that is for {least} to {self.num_workers} workers"
                 )
         unit = self.num_workers * self.per_device_batch_size
+        if self.recipe == "raco" and (self.global_batch_size != unit or least != self.num_workers):
+            raise ValueError(
+                "recipe raco compares the objectives' gradients of a whole step, so that a step must be one pass of every worker: set "
+                f"per_device_batch_size to global_batch_size / num_workers ({self.global_batch_size} / {self.num_workers}), and leave min_workers out"
+            )
         if self.global_batch_size % unit:
             raise ValueError(
                 f"global_batch_size ({self.global_batch_size}) is not a multiple of num_workers x per_device_batch_size "

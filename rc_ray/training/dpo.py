@@ -11,6 +11,7 @@ from its beginning, and how many is said. A finished training trains no step whe
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -287,6 +288,8 @@ def _train_one(
         num_gpus,
         training.max_failures,
         training.min_workers,
+        # FSDP exchanges what it has offloaded to the host's memory, too.
+        "cpu:gloo,cuda:nccl" if training.trl.get("fsdp") else None,
     )
     outcome = (work / EXPERIMENT).read_json(OUTCOME)
     if "diverged" in outcome:
@@ -379,7 +382,8 @@ def _worker(loop_config: dict[str, Any]) -> None:
 
     def keep_curves() -> None:
         if place.rank == 0 and not task.curves.is_local:
-            task.curves.upload(curves)
+            with contextlib.suppress(OSError):  # no reason to train anything again; the next checkpoint brings them
+                task.curves.upload(curves)
 
     path = local_model(task.model)
     options = {"revision": task.revision, "trust_remote_code": task.trust_remote_code}

@@ -26,7 +26,12 @@ def load_policy(path: str, training: TrainingConfig, on_gpu: bool, **options: An
 
     if training.quantization == "4bit":
         quantized = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            # FSDP shards no whole numbers, and leaves them on every GPU.
+            bnb_4bit_quant_storage=torch.bfloat16 if training.trl.get("fsdp") else None,
         )
         options |= {"quantization_config": quantized, "device_map": {"": torch.cuda.current_device()}}
     return AutoModelForCausalLM.from_pretrained(path, dtype=weights_dtype(training, on_gpu), use_safetensors=True, **options)

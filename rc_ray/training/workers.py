@@ -32,6 +32,12 @@ NUM_READERS = 8
 BEGUN = "begun.json"
 """In the folder of a training that runs or was killed: all that its outcome depends on."""
 CHECKPOINT = "step-"
+# Ray Train's record of the checkpoints that count, and what it has of others.
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+SNAPSHOT_LISTS = (
+    "pending_training_results", "pending_validation_specs", "validated_checkpoint_dir_names", "timed_out_validation_checkpoint_dir_names",
+    "failed_validation_checkpoint_dir_names",
+)  # fmt: skip
 
 
 def is_begun(work: Folder, decides: dict[str, Any]) -> bool:
@@ -64,6 +70,7 @@ def fit(
     num_gpus: float,
     max_failures: int,
     min_workers: int | None = None,
+    backend: str | None = None,
 ) -> None:
     """Runs a worker function on the connected cluster until it has ended on every rank.
 
@@ -74,6 +81,7 @@ def fit(
         num_cpus, num_gpus: per worker.
         max_failures: restarts from the last checkpoint before it gives up.
         min_workers: with so many it may start, and go on with more or fewer as nodes come and go.
+        backend: of torch.distributed; None: NCCL with GPUs, else Gloo.
 
     Raises:
         ClusterError: it failed more often than `max_failures`.
@@ -81,13 +89,15 @@ def fit(
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths mean the same as in all other stages
+    mend_record(work / name)
     filesystem, path = work.filesystem()
     resources = {"CPU": num_cpus} | ({"GPU": num_gpus} if num_gpus else {})
     workers = num_workers if min_workers in (None, num_workers) else (min_workers, num_workers)
     trainer = TorchTrainer(
         worker,
         train_loop_config=loop_config,
-        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
+        torch_config=TorchConfig(backend=backend, timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=num_gpus > 0, resources_per_worker=resources),
         run_config=RunConfig(
             name=name,
@@ -104,6 +114,28 @@ def fit(
         raise ClusterError(
             f"training failed: {type(error).__name__}: {error}\nThe last checkpoint is kept; run the same command again to resume."
         ) from error
+
+
+def mend_record(folder: Folder) -> None:
+    """Writes Ray Train's record of checkpoints anew where a kill or a full disk broke it off, which Ray would refuse from then on.
+
+    It is written when all workers have reported, so the last checkpoint there is whole. Where there is no record, none may be.
+    """
+    steps = [path.split("/")[1] for path, _, _ in folder.listing() if path.endswith("/trainer_state.json")]
+    if not steps or not any(path == f"/{SNAPSHOT}" for path, _, _ in folder.listing()):
+        return
+    with contextlib.suppress(ValueError):
+        folder.read_json(SNAPSHOT)
+        return
+    last = {"checkpoint_dir_name": max(steps), "metrics": {}}
+    nothing: dict[str, Any] = {name: [] for name in SNAPSHOT_LISTS}
+    one = {
+        "checkpoint_results": [last],
+        "latest_checkpoint_result": last,
+        "checkpoint_report_indices": [0],
+        "current_report_index": 1,
+    }
+    folder.write_json(SNAPSHOT, nothing | one)
 
 
 def remove(folder: Folder) -> None:

@@ -113,6 +113,8 @@ def test_recipes_are_listed_with_a_line_each() -> None:
         ({"recipe": "mix", "weights": {"a": -1}}, "must not be negative"),
         ({"recipe": "modpo", "primary": "a", "weights": {"b": 1}}, "divides by the weight of its primary objective"),
         ({"recipe": "raco", "loss_type": "ipo"}, "has a loss of its own"),
+        ({"recipe": "raco", "num_workers": 2, "per_device_batch_size": 2}, r"gradients of a whole step.* \(32 / 2\)"),
+        ({"recipe": "raco", "num_workers": 2, "per_device_batch_size": 16, "min_workers": 1}, "leave min_workers out"),
         ({"merge_adapter": False}, "merge_adapter has no effect without lora_rank"),
         ({"lora_rank": 4, "merge_adapter": False, "recipe": "soup"}, "merge_adapter must be true for recipe soup"),
         ({"num_workers": 2, "min_workers": 3}, r"min_workers \(3\) is above num_workers"),

@@ -23,13 +23,14 @@ def test_a_training_goes_on_with_its_own_pairs_and_options_alone(
     from rc_ray.training import dpo
 
     config = {
-        "model": str(tiny_policy),
+        "model": tiny_policy.name,  # from where the command is given, in training as everywhere
         "output": "unused",
         "prompts": {"path": "unused"},
         "rewards": {"kind": RULE, "brief": RULE},
         "training": {"num_workers": 1, "global_batch_size": 4, "per_device_batch_size": 2, "max_steps": 2},
     }
     output, work = tmp_path / "model", tmp_path / "model.training"
+    monkeypatch.chdir(tiny_policy.parent)
 
     def train(rows: list[dict[str, Any]], *overrides: str) -> str:
         return rc_ray.train(config, ray.data.from_items(rows), str(output), overrides=overrides)

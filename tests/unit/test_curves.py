@@ -43,7 +43,7 @@ def test_the_card_names_what_the_policy_came_from() -> None:
     config = load_config(
         {
             "model": "org/policy", "revision": "abc", "output": "o", "prompts": {"path": "p"}, "rewards": {"a": rule, "b": rule},
-            "training": {"beta": 0.3, "recipe": "raco", "conflict": 0.2},
+            "training": {"beta": 0.3, "recipe": "raco", "per_device_batch_size": 16, "conflict": 0.2},
         }
     )  # fmt: skip
     facts = {

@@ -70,7 +70,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
 
 def test_options_that_exclude_each_other() -> None:
     with pytest.raises(ConfigError, match="recipe = raco: compares gradients of whole weights"):
-        check_training(TrainingConfig(recipe="raco", trl={"fsdp": True}), on_gpu=True)
+        check_training(TrainingConfig(recipe="raco", per_device_batch_size=16, trl={"fsdp": True}), on_gpu=True)
     checkpointing = {"fsdp": True, "fsdp_config": {"activation_checkpointing": True}}
     check_training(TrainingConfig(trl=checkpointing), on_gpu=True)
     with pytest.raises(ConfigError, match=r"training\.gradient_checkpointing does the same"):
