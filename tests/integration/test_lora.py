@@ -1,17 +1,33 @@
-"""A LoRA instead of the whole policy: merged or by itself; the card, the curves, and fewer workers than asked for."""
+"""A LoRA instead of the whole policy: merged or by itself; the card, the curves, fewer workers than asked for, and one that dies."""
 
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors.torch import load_file
 
 from tests.integration.conftest import preference, train
 
 LORA = {"lora_rank": 4, "lora_alpha": 8, "learning_rate": 1e-2}
+
+
+def kill_a_worker_at(record: Path, checkpoint: str, killed: list[int]) -> None:
+    """SIGKILL of the one training worker when Ray Train's record names this checkpoint."""
+    deadline = time.monotonic() + 240
+    while not (record.exists() and checkpoint in record.read_text()):
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0.02)
+    for process in psutil.Process().children(recursive=True):
+        if "TrainWorker" in " ".join(process.cmdline()):
+            process.kill()
+            killed.append(process.pid)
 
 
 def test_a_merged_lora_is_the_policy_with_the_lora_by_itself(
@@ -21,10 +37,18 @@ def test_a_merged_lora_is_the_policy_with_the_lora_by_itself(
     from transformers import AutoModelForCausalLM
 
     alone, merged = tmp_path / "alone", tmp_path / "merged"
-    facts = train(tiny_policy, objective_pairs, alone, board, **LORA, merge_adapter=False)
-    assert facts["remarks"] == []
-    # The cluster has no room for two workers of this size: it starts with one, and the batches stay the same.
-    train(tiny_policy, objective_pairs, merged, board, num_cpus=5.0, **LORA, min_workers=1)
+    undisturbed = train(tiny_policy, objective_pairs, alone, board, **LORA, merge_adapter=False)
+    assert undisturbed["remarks"] == []
+    # The cluster has no room for two workers of this size: it starts with one, and the batches stay the same, also when it dies on its way.
+    killed: list[int] = []
+    record = merged / "work" / "dpo" / "checkpoint_manager_snapshot.json"
+    killer = threading.Thread(target=kill_a_worker_at, args=(record, "step-000003", killed))
+    killer.start()
+    facts = train(tiny_policy, objective_pairs, merged, board, num_cpus=5.0, **LORA, min_workers=1, save_every_steps=1)
+    killer.join()
+    assert len(killed) == 1
+    # Each step is taken once, as the worker that finished saw it.
+    assert [entry["step"] for entry in facts["log_history"] if "loss" in entry] == list(range(1, facts["steps"] + 1))
 
     adapter = json.loads((alone / "model" / "adapter_config.json").read_text())
     assert (adapter["r"], adapter["base_model_name_or_path"]) == (4, str(tiny_policy))
@@ -44,7 +68,7 @@ def test_a_merged_lora_is_the_policy_with_the_lora_by_itself(
     for folder, library in ((alone, "peft"), (merged, "transformers")):
         card = (folder / "model" / "README.md").read_text()
         assert f"library_name: {library}" in card
-        assert f"`{facts['data_fingerprint']}`" in card
+        assert f"`{undisturbed['data_fingerprint']}`" in card
         assert "| lora_rank | `4` (set) |" in card
         assert list((folder / "model" / "runs").glob("events.out.tfevents.*"))
         assert not (folder / "work").exists()

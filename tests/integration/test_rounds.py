@@ -49,6 +49,17 @@ def test_rounds_go_on_from_the_trained_policy(tiny_config: dict[str, Any], tmp_p
     rc_ray.run(config, emit=lines.append)
     assert sum("every stage is finished" in line for line in lines) == 2
 
+    # Where one objective's fall was too much, what follows is not begun, and the policy is that of the round that ended it.
+    worst = min(found["difference"] for found in record["rounds"][0]["rewards"].values())
+    assert worst < 0
+    lines.clear()
+    result = rc_ray.run(config | {"rounds": {**config["rounds"], "max_reward_drop": -worst / 2}}, emit=lines.append)
+    assert result.run_dir == str(first)
+    assert len(result.metrics["rounds"]) == 1
+    ended = json.loads((tmp_path / "run" / "rounds.json").read_text())["ended"]
+    assert f"more than rounds.max_reward_drop = {-worst / 2:g}" in ended
+    assert f"round     no further one: {ended}" in lines
+
 
 def _rows(file: Path) -> list[dict[str, Any]]:
     return list(pq.read_table(file).to_pylist())
