@@ -121,8 +121,9 @@ def mend_record(folder: Folder) -> None:
 
     It is written when all workers have reported, so the last checkpoint there is whole. Where there is no record, none may be.
     """
-    steps = [path.split("/")[1] for path, _, _ in folder.listing() if path.endswith("/trainer_state.json")]
-    if not steps or not any(path == f"/{SNAPSHOT}" for path, _, _ in folder.listing()):
+    found = [path for path, _, _ in folder.listing()]
+    steps = [path.split("/")[1] for path in found if path.endswith("/trainer_state.json")]
+    if not steps or f"/{SNAPSHOT}" not in found:
         return
     with contextlib.suppress(ValueError):
         folder.read_json(SNAPSHOT)
