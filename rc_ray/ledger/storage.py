@@ -32,7 +32,7 @@ LOCK_NAME = "driver.json"
 WHOLE_WHEN_CLOSED = ("s3", "gcs")
 # What passes, in the errors of object storage, after pyarrow has tried again for some seconds; one of them must not cost what is being computed.
 TRANSIENT = re.compile(
-    r"NETWORK_CONNECTION|SLOW_DOWN|THROTTLING|INTERNAL_FAILURE|SERVICE_UNAVAILABLE|UNAVAILABLE|REQUEST_TIMEOUT|DEADLINE_EXCEEDED|HTTP status (429|5\d\d)|"
+    r"NETWORK_CONNECTION|SLOW_DOWN|THROTTLING|INTERNAL_FAILURE|UNAVAILABLE|REQUEST_TIMEOUT|DEADLINE_EXCEEDED|HTTP status (429|5\d\d)|"
     "timed? ?out",
     re.IGNORECASE,
 )

@@ -33,6 +33,7 @@ class EngineChat:
     """
 
     def __init__(self, config: JudgeReward, on_gpu: bool, num_threads: int) -> None:
+        self.num_requests = 0
         os.environ.update(scoring_environment(config.engine_arguments, on_gpu, num_threads))
         path = local_model(config.model)
         self._renderer = PromptRenderer(path, config.revision, config.trust_remote_code)
@@ -61,8 +62,6 @@ class EngineChat:
                 max_model_len=self._max_length,
                 **arguments,
             )
-
-    num_requests = 0
 
     def ask(self, questions: list[list[Message]], wanted: Wanted) -> list[Reply]:
         """See `ChatModel.ask`.
