@@ -288,8 +288,6 @@ def _train_one(
         num_gpus,
         training.max_failures,
         training.min_workers,
-        # FSDP exchanges what it has offloaded to the host's memory, too.
-        "cpu:gloo,cuda:nccl" if training.trl.get("fsdp") else None,
     )
     outcome = (work / EXPERIMENT).read_json(OUTCOME)
     if "diverged" in outcome:

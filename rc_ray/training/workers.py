@@ -70,7 +70,6 @@ def fit(
     num_gpus: float,
     max_failures: int,
     min_workers: int | None = None,
-    backend: str | None = None,
 ) -> None:
     """Runs a worker function on the connected cluster until it has ended on every rank.
 
@@ -81,7 +80,6 @@ def fit(
         num_cpus, num_gpus: per worker.
         max_failures: restarts from the last checkpoint before it gives up.
         min_workers: with so many it may start, and go on with more or fewer as nodes come and go.
-        backend: of torch.distributed; None: NCCL with GPUs, else Gloo.
 
     Raises:
         ClusterError: it failed more often than `max_failures`.
@@ -94,6 +92,8 @@ def fit(
     filesystem, path = work.filesystem()
     resources = {"CPU": num_cpus} | ({"GPU": num_gpus} if num_gpus else {})
     workers = num_workers if min_workers in (None, num_workers) else (min_workers, num_workers)
+    # FSDP exchanges what it has offloaded to the host's memory, too.
+    backend = "cpu:gloo,cuda:nccl" if num_gpus else "gloo"
     trainer = TorchTrainer(
         worker,
         train_loop_config=loop_config,
