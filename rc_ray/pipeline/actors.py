@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import pyarrow as pa
@@ -26,7 +26,7 @@ from rc_ray.errors import ResumeError
 from rc_ray.generation.engine import EngineDied, GroupTimedOut
 from rc_ray.ledger.ledger import Ledger, chunk_name
 from rc_ray.ledger.storage import Folder
-from rc_ray.pipeline.attempts import Attempts
+from rc_ray.pipeline.attempts import Attempts, parts
 from rc_ray.pipeline.policies import Member, Policy, engines_of
 from rc_ray.pipeline.progress import Reporter, ask_board
 from rc_ray.rewards.base import Score, figures_of
@@ -131,8 +131,8 @@ class GenerateGroups:
                 if row["prompt_id"] not in ids:
                     self._count(row)
         if todo:
-            with self._attempts.block(todo[0]["prompt_id"]) as one_by_one:
-                self._sample(todo, self._policy.num_candidates, one_by_one)
+            with self._attempts.block(todo[0]["prompt_id"]) as block_died:
+                self._sample(todo, self._policy.num_candidates, block_died)
         self._reporter.flush()
         return schemas.with_templates(pa.Table.from_pylist(rows, schema=block.schema), self._templates)
 
@@ -148,11 +148,17 @@ class GenerateGroups:
         """Whether the budget has room for a block. Datasets of the user's have no chunks, and no budget."""
         return CHUNK not in block.column_names or self._reporter.may_sample(block.column(CHUNK)[0].as_py())
 
-    def _sample(self, rows: list[dict[str, Any]], number: int, one_by_one: bool) -> None:
+    def _sample(self, rows: list[dict[str, Any]], number: int, block_died: bool) -> None:
         """Adds this engine's candidates to every row until it has its share of `number`, or a failure."""
+        for part in parts(rows, block_died):
+            with self._attempts.part(_work(part[0], number), len(part), block_died) as one_by_one:
+                self._sample_part(part, number, one_by_one)
+        self._reporter.add_load(self._engine.take_load())
+
+    def _sample_part(self, rows: Sequence[dict[str, Any]], number: int, one_by_one: bool) -> None:
         if one_by_one:
             for row in rows:
-                with self._attempts.group(row["prompt_id"]) as given_up:
+                with self._attempts.group(_work(row, number)) as given_up:
                     self._finish(row, ("generation_failed", given_up) if given_up else self._submit(row, number))
         else:
             # How long an answer becomes is unknown; of what is known, the prompt, the longest goes first, so that it does not end last.
@@ -161,7 +167,6 @@ class GenerateGroups:
             pending = [(row, self._ask(row, prompts) if isinstance(prompts, list) else prompts) for row, prompts in rendered]
             for row, answers in pending:
                 self._finish(row, answers)
-        self._reporter.add_load(self._engine.take_load())
 
     def _finish(self, row: dict[str, Any], pending: Any) -> None:
         """Waits for what `_submit` returned and enters it into the row."""
@@ -231,6 +236,11 @@ class GenerateGroups:
         return None
 
 
+def _work(row: dict[str, Any], number: int) -> str:
+    """The key of a group's attempts; of each round, since the end of one round strikes out what it was booked as."""
+    return f"{row['prompt_id']} to {number}"
+
+
 def leave(reporter: Reporter, error: Exception) -> NoReturn:
     """Ends this process, whose engine died: raising would keep the actor as it is; now Ray starts another and retries the block."""
     print(f"rc_ray: the vLLM engine died: {error}", file=sys.stderr, flush=True)
@@ -285,13 +295,17 @@ class ScoreGroups:
         scores: list[list[Score]] = [[] for _ in ids]
         todo = [i for i, group in enumerate(candidates) if group]
         if todo:
-            with self._attempts.block(ids[todo[0]]) as one_by_one:
-                together = None if one_by_one else self._score_together([(prompts[i], candidates[i]) for i in todo])
-                for number, i in enumerate(todo):
-                    if together is not None:
-                        scores[i] = together[number]
-                    else:
-                        scores[i] = self._score_alone(ids[i], prompts[i], [c["text"] for c in candidates[i]], one_by_one)
+            with self._attempts.block(ids[todo[0]]) as block_died:
+                for part in parts(todo, block_died):
+                    with self._attempts.part(ids[part[0]], len(part), block_died) as one_by_one:
+                        together = None if one_by_one else self._score_together([(prompts[i], candidates[i]) for i in part])
+                        for number, i in enumerate(part):
+                            if together is not None:
+                                scores[i] = together[number]
+                            else:
+                                scores[i] = self._score_alone(
+                                    ids[i], prompts[i], [c["text"] for c in candidates[i]], block_died
+                                )
             self._report()
         rewards = [[s.value for s in group] for group in scores]
         missing = [self._why_missing(group) for group in scores]

@@ -79,8 +79,8 @@ class AdaptiveGroups(GenerateGroups):
         if any(row["candidates"] is None for row in todo) and not self._may_sample(block):
             return self._table([], block.schema)
         if todo:
-            with self._attempts.block(todo[0]["prompt_id"]) as one_by_one:
-                self._rounds(todo, one_by_one)
+            with self._attempts.block(todo[0]["prompt_id"]) as block_died:
+                self._rounds(todo, block_died)
         for row in todo:
             self._count(row)
             lacking = any(why is not None for _, why in row["rewards"].values())
@@ -89,12 +89,12 @@ class AdaptiveGroups(GenerateGroups):
         self._scored.flush()
         return schemas.with_templates(self._table(rows, block.schema), self._templates)
 
-    def _rounds(self, rows: list[dict[str, Any]], one_by_one: bool) -> None:
+    def _rounds(self, rows: list[dict[str, Any]], block_died: bool) -> None:
         number, most = self._policy.num_candidates, self._policy.max_candidates
         assert most is not None
         while rows:
             # A resumed group may have candidates already.
-            self._sample([row for row in rows if len(row["candidates"] or ()) < number], number, one_by_one)
+            self._sample([row for row in rows if len(row["candidates"] or ()) < number], number, block_died)
             self._score([row for row in rows if row["failure"] is None])
             if number == most:
                 return

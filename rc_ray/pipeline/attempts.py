@@ -1,9 +1,10 @@
 """Retries of work whose process died: which group did it, and when to give it up.
 
 Ray runs a block again when its actor dies, for ever if the block is what kills it. So every block, and in a block that
-died before every group, is entered in a book before it is worked on and struck out after. What is in the book already has
-killed somebody. A block that died is worked on group by group, one at a time, so the next death can be blamed on one group; after
-`max_attempts` it is given up with the last error, and the others go on.
+died before every part of it, is entered in a book before it is worked on and struck out after. What is in the book already has
+killed somebody. A block that died is worked on in eighths, one at a time, and an eighth that died group by group, so that the next
+death can be blamed on one group; after `max_attempts` it is given up with the last error, and the others go on. Most deaths are
+nobody's fault, and an actor holds several blocks: group by group, all of these would take as long as their groups together.
 
 The book lives with the driver's session: a driver that was killed blames nobody.
 """
@@ -11,9 +12,19 @@ The book lives with the driver's session: a driver that was killed blames nobody
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+NUM_PARTS = 8
+Row = TypeVar("Row")
+
+
+def parts(rows: Sequence[Row], block_died: bool) -> list[Sequence[Row]]:
+    """What of a block is worked on together: all of it, or one part after the other."""
+    size = math.ceil(len(rows) / (NUM_PARTS if block_died else 1))
+    return [rows[first : first + size] for first in range(0, len(rows), size or 1)]
 
 
 class AttemptBook:
@@ -39,20 +50,37 @@ class Attempts:
     Args:
         board: handle of the actor, or None.
         stage: name under which to book.
-        max_attempts: of one group, the one with its whole block included.
+        max_attempts: of one group, the one with its whole block included, the one with its part not.
         whose: put before the keys of work that several pools of a stage do one after the other.
     """
 
     def __init__(self, board: Any | None, stage: str, max_attempts: int, whose: str = "") -> None:
         self._board, self._stage, self._max_attempts, self._whose = board, stage, max_attempts, whose
-        self._alone = threading.Lock()
+        self._alone = threading.RLock()
 
     @contextlib.contextmanager
     def block(self, key: str) -> Iterator[bool]:
-        """Around the work on a block; gives whether an earlier attempt died, so that groups must be taken one by one."""
+        """Around the work on a block; gives whether an earlier attempt died, so that it must be taken in `parts`."""
         earlier = self._begin(f"block {key}")
         yield earlier > 0
         self._end(f"block {key}")
+
+    @contextlib.contextmanager
+    def part(self, key: str, size: int, block_died: bool) -> Iterator[bool]:
+        """Around the work on a part of a block, alone in this process if the block died; gives whether to take its groups one by one.
+
+        Args:
+            key: of its first group.
+            size: groups in it.
+        """
+        if not block_died:
+            yield False
+        elif size == 1 or self._max_attempts == 1:
+            yield True
+        else:
+            with self._alone:
+                yield self._begin(f"part {key}") > 0
+                self._end(f"part {key}")
 
     @contextlib.contextmanager
     def group(self, key: str, block_died: bool = True) -> Iterator[str | None]:

@@ -32,7 +32,7 @@ class Replayed(AdaptiveGroups):
         self._scored = Reporter(None, "sample")
         self.recorded, self.rounds = recorded, 0
 
-    def _sample(self, rows: list[dict[str, Any]], number: int, one_by_one: bool) -> None:
+    def _sample(self, rows: list[dict[str, Any]], number: int, block_died: bool) -> None:
         self.rounds += bool(rows)
         for row in rows:
             answers = self.recorded[row["prompt_id"]][:number]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rc_ray.errors import ClusterError
-from rc_ray.pipeline.attempts import AttemptBook, Attempts
+from rc_ray.pipeline.attempts import NUM_PARTS, AttemptBook, Attempts, parts
 from rc_ray.pipeline.progress import StageProgress
 from rc_ray.pipeline.watchdog import TooManyFailedError, check_failed, stall_message
 
@@ -30,20 +30,26 @@ class BookedAttempts(Attempts):
         self._book.end_work("sample", key)
 
 
-def work(book: AttemptBook, groups: list[str], deadly: set[str], max_attempts: int) -> dict[str, str | None]:
-    """A block in a new process: why each group was given up, or None."""
+def work(
+    book: AttemptBook, groups: list[str], deadly: set[str], max_attempts: int, alone: list[str] | None = None
+) -> dict[str, str | None]:
+    """A block in a new process: why each group was given up, or None; `alone` gets the groups that were worked on by themselves."""
     attempts, outcome = BookedAttempts(book, max_attempts), {}
-    with attempts.block(groups[0]) as one_by_one:
-        for group in groups:
-            if not one_by_one:
-                if group in deadly:
-                    raise Died
-                outcome[group] = None
-                continue
-            with attempts.group(group) as given_up:
-                if given_up is None and group in deadly:
-                    raise Died
-                outcome[group] = given_up
+    with attempts.block(groups[0]) as block_died:
+        for part in parts(groups, block_died):
+            with attempts.part(part[0], len(part), block_died) as one_by_one:
+                if not one_by_one:
+                    if deadly.intersection(part):
+                        raise Died
+                    outcome |= dict.fromkeys(part)
+                    continue
+                for group in part:
+                    with attempts.group(group) as given_up:
+                        if alone is not None:
+                            alone.append(group)
+                        if given_up is None and group in deadly:
+                            raise Died
+                        outcome[group] = given_up
     return outcome
 
 
@@ -65,6 +71,28 @@ def test_only_the_groups_that_kill_are_given_up_after_their_attempts(max_attempt
     assert outcome["b"] is not None
     assert f"died in {max_attempts} attempts" in outcome["b"]
     assert deaths == 1 + 2 * (max_attempts - 1)
+
+
+def test_of_a_large_block_only_the_part_that_dies_again_is_taken_group_by_group() -> None:
+    groups = [f"{i}" for i in range(5 * NUM_PARTS)]
+    book, alone, deaths = AttemptBook(), list[str](), 0
+    while True:
+        try:
+            outcome = work(book, groups, {"17"}, 3, alone)
+            break
+        except Died:
+            deaths += 1
+            assert deaths < 20
+    assert [group for group in groups if outcome[group] is not None] == ["17"]
+    assert list(outcome) == groups
+    assert deaths == 4, "with the whole block, with its part, and twice alone"
+    assert set(alone) == set(groups[15:20])
+
+    book, alone = AttemptBook(), []
+    with pytest.raises(Died):  # nobody's fault
+        work(book, groups, {"17"}, 3)
+    assert work(book, groups, set(), 3, alone) == dict.fromkeys(groups)
+    assert alone == []
 
 
 def test_work_that_ended_is_forgotten() -> None:

@@ -12,9 +12,10 @@ from rc_ray.core import schemas
 from rc_ray.generation.engine import Candidate, GroupTimedOut
 from rc_ray.generation.load import Load
 from rc_ray.pipeline.actors import GenerateGroups
-from rc_ray.pipeline.attempts import Attempts
+from rc_ray.pipeline.attempts import AttemptBook, Attempts
 from rc_ray.pipeline.policies import ONLY, Member, Policy
 from rc_ray.pipeline.progress import ProgressBoard
+from tests.unit.test_attempts import BookedAttempts, Died
 
 
 class Engine:
@@ -80,3 +81,30 @@ def test_a_group_that_took_too_long_is_a_failure_with_the_limit_and_is_counted()
     assert (stages["sample"].done, stages["sample"].failed) == (3, 1)
     assert errors["sample"] == found[1]["failure_detail"]
     assert stages["sample"].load == Load({0: 3}, 1.0, 2.0, 0.5)
+
+
+def test_a_group_that_kills_in_a_later_round_is_given_up() -> None:
+    class Deadly(Engine):
+        def submit(self, ids: list[int], seed: int, number: int, adapter: str | None) -> Future[list[Candidate]]:
+            if len(ids) == 7 and number == 4:
+                raise Died
+            return super().submit(ids, seed, number, adapter)
+
+    book, deaths = AttemptBook(), 0
+    while True:
+        groups = sampler()
+        groups._engine, groups._attempts, groups._in_rounds = Deadly(), BookedAttempts(book, 3), True
+        rows = block([1, 7, 2]).to_pylist()
+        try:
+            with groups._attempts.block("0") as block_died:
+                groups._sample(rows, 2, block_died)
+                for row in rows:
+                    row["candidates"] = []  # as if the next round were to give as many anew
+                groups._sample(rows, 4, block_died)
+            break
+        except Died:
+            deaths += 1
+            assert deaths < 10
+    assert deaths == 3
+    assert [row["failure"] for row in rows] == [None, "generation_failed", None]
+    assert "its process died in 3 attempts" in rows[1]["failure_detail"]
