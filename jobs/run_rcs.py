@@ -10,7 +10,6 @@ configuration it goes on where it stopped; `output` must be a folder or URI that
 import argparse
 import os
 import sys
-from pathlib import Path
 
 import rc_ray
 
@@ -25,12 +24,6 @@ def main() -> int:
     try:
         # 1. The configuration is validated before anything is asked of the cluster.
         config = rc_ray.load_config(options.config, ["cluster.address=auto", *options.overrides])
-        # What is submitted is unpacked into a cache of Ray's, which goes and has another name after every change of a file.
-        if "://" not in config.output and "runtime_resources" in Path(config.output).expanduser().absolute().parts:
-            raise rc_ray.ConfigError(
-                f"output = {config.output!r}: is in the folder that Ray keeps for this job alone, and would be lost; give an absolute path or a URI "
-                "that every node reaches"
-            )
         # 2. Sample, score, select, train, evaluate, report; each stage skips what is committed already.
         rc_ray.run(config, emit=lambda line: print(line, flush=True))
     except rc_ray.RcRayError as error:

@@ -22,7 +22,7 @@ from rc_ray.config import ClassifierReward, Config, CustomReward, JudgeReward, R
 from rc_ray.core import schemas
 from rc_ray.core.measure import Fitted, Summary, add_up, fit
 from rc_ray.core.selection import needs_fit, select_pairs, summarize
-from rc_ray.errors import DataError, ResumeError
+from rc_ray.errors import ConfigError, DataError, ResumeError
 from rc_ray.evaluation.compare import compare
 from rc_ray.evaluation.report import write_report
 from rc_ray.generation.arguments import check_engine_arguments
@@ -67,6 +67,12 @@ def check(config: Config) -> dict[str, str]:
     Raises:
         DataError, ModelError, ConfigError, ResumeError: the first thing that is wrong.
     """
+    # What a job is submitted with is unpacked into a cache of Ray's, which goes and has another name after every change of a file.
+    if "://" not in config.output and "runtime_resources" in Path(config.output).expanduser().absolute().parts:
+        raise ConfigError(
+            f"output = {config.output!r}: is in the folder that Ray keeps for this job alone, and would be lost; give an absolute path or a URI "
+            "that every node reaches"
+        )
     check_engine_arguments(config.generation.engine)
     check_training(config.training)
     hashes = {PROMPTS: sources.check_source("prompts", config.prompts), **check_rewards(config)}

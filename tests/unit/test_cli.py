@@ -278,10 +278,13 @@ def test_an_interrupt_says_how_to_go_on_and_a_bug_keeps_its_trace(
         main(["run", str(config_file)])
 
 
-def test_a_job_writes_nothing_into_rays_copy_of_what_was_submitted(config_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "command", [[str(ROOT / "jobs" / "run_rcs.py"), "--config"], ["-m", "rc_ray", "run"]], ids=["job", "run"]
+)
+def test_nothing_is_written_into_rays_copy_of_what_was_submitted(command: list[str], config_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "session_1" / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
     folder.mkdir(parents=True)
-    command = [sys.executable, str(ROOT / "jobs" / "run_rcs.py"), "--config", str(config_file), "--set", "output=runs/first"]
+    command = [sys.executable, *command, str(config_file), "--set", "output=runs/first"]
     found = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
     assert found.returncode == ConfigError.exit_code
     assert "output = 'runs/first': is in the folder that Ray keeps for this job alone" in found.stderr
