@@ -159,6 +159,15 @@ def tiny_config(tiny_policy: Path, tiny_rewards: dict[str, Path], eval_prompts: 
 
 
 @pytest.fixture(scope="session")
+def small_config(tiny_config: dict[str, Any]) -> dict[str, Any]:
+    """The same with one reward model and one training worker, where more of them would only take longer to start."""
+    config = copy.deepcopy(tiny_config)
+    del config["rewards"]["harmless"]
+    config["training"]["num_workers"] = 1
+    return config
+
+
+@pytest.fixture(scope="session")
 def mixed_prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """30 good prompts, one of them odd, and one of every kind of bad row: 38 rows."""
     rows: list[Any] = [{"prompt": f"hello world, number {i}?"} for i in range(29)]

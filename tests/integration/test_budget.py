@@ -22,10 +22,10 @@ NUM_PROMPTS = 60
 
 
 @pytest.fixture(scope="module")
-def config(tiny_config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def config(small_config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("budget")
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"hello {i}"}) + "\n" for i in range(NUM_PROMPTS)))
-    config = copy.deepcopy(tiny_config) | {"prompts": {"path": str(folder / "prompts.jsonl")}, "evaluation": {}}
+    config = copy.deepcopy(small_config) | {"prompts": {"path": str(folder / "prompts.jsonl")}, "evaluation": {}}
     config["cluster"] |= {"chunk_size": 2}
     config["training"] |= {"max_steps": 1}
     return config | {"output": str(folder / "run")}
@@ -99,9 +99,9 @@ def test_a_deadline_that_has_passed_samples_nothing(config: dict[str, Any], tmp_
 
 
 def test_training_on_what_there_is_settles_the_prompts(
-    config: dict[str, Any], tiny_config: dict[str, Any], tmp_path: Path
+    config: dict[str, Any], small_config: dict[str, Any], tmp_path: Path
 ) -> None:
-    config = config | {"output": str(tmp_path / "run"), "evaluation": tiny_config["evaluation"]}
+    config = config | {"output": str(tmp_path / "run"), "evaluation": small_config["evaluation"]}
     run(config, "budget.target_pairs=5")
     rc_ray.train(config, overrides=["budget.target_pairs=5"])
     assert (tmp_path / "run" / "model" / "config.json").exists()

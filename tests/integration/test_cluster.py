@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -47,10 +48,12 @@ def wait_for_two_nodes(cluster: LocalCluster) -> dict[str, Any]:
     raise AssertionError(f"the second node did not join: {found}")
 
 
-def test_job_on_a_two_node_cluster(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+def test_job_on_a_two_node_cluster(small_config: dict[str, Any], tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.csv"
     prompts.write_text("question\n" + "".join(f'"hello, number {i}"\n' for i in range(20)))
-    config = {**tiny_config, "output": str(tmp_path / "run"), "prompts": {"path": str(prompts), "column": "question"}}
+    config = copy.deepcopy(small_config) | {"output": str(tmp_path / "run"), "evaluation": {}}
+    config |= {"prompts": {"path": str(prompts), "column": "question"}}
+    config["training"]["num_workers"] = 2
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     # Two CPUs a node: the pools' tickets have to be cut to fit.
     with two_nodes(num_cpus=2) as cluster:

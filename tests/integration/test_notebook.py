@@ -14,10 +14,10 @@ from nbclient import NotebookClient
 from tests.conftest import ROOT
 
 
-def test_quickstart(tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quickstart(small_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(f'{{"prompt": "hello {i}"}}\n' for i in range(12)))
-    config = {**tiny_config, "output": str(tmp_path / "run"), "prompts": {"path": str(prompts)}}
+    config = {**small_config, "output": str(tmp_path / "run"), "prompts": {"path": str(prompts)}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.setenv("RC_RAY_CONFIG", str(tmp_path / "config.yaml"))
     monkeypatch.setenv("RC_RAY_SET", "training.max_steps=1")

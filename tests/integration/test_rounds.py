@@ -15,8 +15,8 @@ import rc_ray
 from rc_ray.core.schemas import templates_of
 
 
-def test_rounds_go_on_from_the_trained_policy(tiny_config: dict[str, Any], tmp_path: Path) -> None:
-    config = copy.deepcopy(tiny_config) | {"output": str(tmp_path / "run"), "rounds": {"number": 2, "reference": "initial"}}
+def test_rounds_go_on_from_the_trained_policy(small_config: dict[str, Any], tmp_path: Path) -> None:
+    config = copy.deepcopy(small_config) | {"output": str(tmp_path / "run"), "rounds": {"number": 2, "reference": "initial"}}
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"hello number {i}?"}) + "\n" for i in range(16)))
     config["prompts"] = {"path": str(tmp_path / "prompts.jsonl")}
     lines: list[str] = []
