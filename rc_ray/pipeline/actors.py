@@ -21,11 +21,11 @@ import pyarrow.compute as pc
 from rc_ray.config import RewardConfig, SelectionConfig
 from rc_ray.core import schemas
 from rc_ray.core.ids import candidate_seed
-from rc_ray.core.selection import select_pairs, without_fit
 from rc_ray.errors import ResumeError
 from rc_ray.generation.engine import EngineDied, GroupTimedOut
 from rc_ray.ledger.ledger import Ledger, chunk_name
 from rc_ray.ledger.storage import Folder
+from rc_ray.models.loading import no_collections
 from rc_ray.pipeline.attempts import Attempts, parts
 from rc_ray.pipeline.policies import Member, Policy, engines_of
 from rc_ray.pipeline.progress import Reporter, ask_board
@@ -75,6 +75,7 @@ class GenerateGroups:
     _in_rounds = False  # whether a group that was sampled may be sampled again
     _templates: tuple[str, ...] = ()
 
+    @no_collections()
     def __init__(
         self, policy: Policy, on_gpu: bool, gpu_share: float, across_nodes: bool, engines_per_host: int, board: Any | None, stage: str,
         max_attempts: int, engine: int = 0,
@@ -251,6 +252,7 @@ def leave(reporter: Reporter, error: Exception) -> NoReturn:
 class ScoreGroups:
     """Adds one objective's rewards to every group of a block."""
 
+    @no_collections()
     def __init__(
         self, objective: str, config: RewardConfig, content: bytes | None, on_gpu: bool, num_threads: int, board: Any | None, stage: str,
         max_attempts: int, first: bool, last: bool, keep_scored: bool,
@@ -407,6 +409,8 @@ def count_policies(candidates: pa.StructArray) -> dict[str, int]:
 
 def count_paired(table: pa.Table, selection: SelectionConfig) -> int:
     """Prompts of scored groups with a pair, as far as that can be known before all are scored."""
+    from rc_ray.core.selection import select_pairs, without_fit  # with Numba, half a second of each worker's start
+
     return select_pairs(table, selection, without_fit(selection, schemas.scored_objectives(table.schema))).num_paired
 
 

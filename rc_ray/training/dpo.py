@@ -27,6 +27,7 @@ from rc_ray.config.load import result_fields
 from rc_ray.errors import ConfigError, DataError, ModelError
 from rc_ray.ledger.storage import Folder
 from rc_ray.models.identity import model_identity
+from rc_ray.models.loading import no_collections
 from rc_ray.models.resolve import local_model
 from rc_ray.training.arguments import check_training
 from rc_ray.training.card import model_card
@@ -335,13 +336,14 @@ def average(models: list[Folder], weights: list[float], output: Folder, trust_re
 def _worker(loop_config: dict[str, Any]) -> None:
     """One Ray Train worker."""
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    from transformers import AutoTokenizer, TrainerCallback, set_seed
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-    from transformers.trainer_callback import PrinterCallback
+    with no_collections():
+        from transformers import AutoTokenizer, TrainerCallback, set_seed
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+        from transformers.trainer_callback import PrinterCallback
 
-    from rc_ray.training.lora import finish_lora, lora_of
-    from rc_ray.training.policy import copy_policy, load_policy, write_policy
-    from rc_ray.training.trainer import ReferenceDPOTrainer
+        from rc_ray.training.lora import finish_lora, lora_of
+        from rc_ray.training.policy import copy_policy, load_policy, write_policy
+        from rc_ray.training.trainer import ReferenceDPOTrainer
 
     task: TrainingTask = loop_config["task"]
     board = loop_config["board"]

@@ -26,6 +26,7 @@ from rc_ray.errors import DataError, ModelError, RcRayError
 from rc_ray.generation.render import template_hash
 from rc_ray.ledger.storage import Folder
 from rc_ray.models.identity import model_identity
+from rc_ray.models.loading import no_collections
 from rc_ray.models.resolve import local_model
 from rc_ray.rewards.base import Score, reward_dtype
 from rc_ray.training.pairs import SIDES, PairCounts, PairTokenizer, end_tokens
@@ -107,7 +108,7 @@ class ReadPairs:
         for text in batch["slice"]:
             part, counts, name, error = Slice(**json.loads(text)), PairCounts(), "", ""
             try:
-                counts, name = self._read(part)
+                counts, name = self.read(part)
             except RcRayError as raised:
                 error = json.dumps([type(raised).__name__, str(raised)])
             for key, value in zip(found, (part.first, json.dumps(counts.__dict__), name, error), strict=True):
@@ -120,6 +121,7 @@ class ReadPairs:
             self._last = name, self._task.pairs.read_table(name)
         return self._last[1]
 
+    @no_collections()
     def _open(self) -> PairTokenizer:
         from transformers import AutoTokenizer
 
@@ -132,7 +134,7 @@ class ReadPairs:
         template = None if task.any_template else template_hash(tokenizer)
         return PairTokenizer(tokenizer, end_tokens(path, tokenizer, task.revision), task.max_length, template)
 
-    def _read(self, part: Slice) -> tuple[PairCounts, str]:
+    def read(self, part: Slice) -> tuple[PairCounts, str]:
         pairs = self._prepared(read_slice(self._file, part))
         self._tokenizer = self._tokenizer or self._open()
         rows, counts = self._tokenizer.tokenize(pairs, part.first)
@@ -189,6 +191,7 @@ class ReadPairs:
         values = [score.value or 0.0 for score in scores]
         return list(zip(values[::2], values[1::2], strict=True))
 
+    @no_collections()
     def _load(self) -> LanguageModel:
         from rc_ray.rewards.language_model import LanguageModel
 
@@ -279,8 +282,11 @@ def read_slice(read: Callable[[str], pa.Table], part: Slice) -> pa.Table:
 def look(config: Config, pairs: Folder, num_actors: int, num_cpus: float) -> PairCounts:
     """Tokenizes all pairs on the connected cluster and counts; computes nothing."""
     task = pairs_task(config, pairs, False, 1)
+    parts = slices(pairs, task.recipe)
+    if len(parts) == 1:  # an actor takes longer to start than this to be read
+        return ReadPairs(task).read(parts[0])[0]
     counts = PairCounts()
-    for _, found, _ in _run(task, num_actors, num_cpus, 0.0):
+    for _, found, _ in _run(task, parts, num_actors, num_cpus, 0.0):
         counts.add(found)
     return counts
 
@@ -315,13 +321,15 @@ def reference_logps(
         f"{model_identity(task.reference, task.reference_revision)} {task.dtype}".encode(), digest_size=8
     ).hexdigest()
     task, counts, found = replace(task, results=cache / key), PairCounts(), []
-    for first, part, name in _run(task, num_actors, num_cpus, num_gpus):
+    for first, part, name in _run(task, slices(task.pairs, task.recipe), num_actors, num_cpus, num_gpus):
         counts.add(part)
         found.append((first, name))
     return cache / key, [name for _, name in sorted(found)], counts
 
 
-def _run(task: PairsTask, num_actors: int, num_cpus: float, num_gpus: float) -> Iterator[tuple[int, PairCounts, str]]:
+def _run(
+    task: PairsTask, parts: list[Slice], num_actors: int, num_cpus: float, num_gpus: float
+) -> Iterator[tuple[int, PairCounts, str]]:
     """First row, counts and name of every slice, in any order.
 
     Raises:
@@ -330,7 +338,7 @@ def _run(task: PairsTask, num_actors: int, num_cpus: float, num_gpus: float) -> 
     import ray
     from ray.data import ActorPoolStrategy
 
-    todo = [{"slice": json.dumps(part.__dict__)} for part in slices(task.pairs, task.recipe)]
+    todo = [{"slice": json.dumps(part.__dict__)} for part in parts]
     if not todo:
         return
     dataset = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(

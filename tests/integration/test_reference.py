@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from rc_ray.config import Config, load_config
 from rc_ray.errors import DataError, ModelError
 from rc_ray.ledger.storage import Folder
 from rc_ray.pipeline.cluster import connected
+from rc_ray.training import reference
 from rc_ray.training.dpo import train_dpo
 from rc_ray.training.reference import REFERENCE, look, pairs_task, reference_logps
 from tests.conftest import make_llama
@@ -205,6 +207,19 @@ def test_a_look_from_the_command_line_finds_what_is_wrong_and_trains_nothing(
     assert found.returncode == 3
     assert "1 x equal_answers: pair 3 " in found.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_look_by_actors_at_several_slices_finds_what_one_here_does(
+    tiny_policy: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tiny_policy, tmp_path)
+    one = look(config, Folder.at(pairs), 1, 0.5)
+    assert one.num_pairs == NUM_PAIRS
+    monkeypatch.setattr(reference, "SLICE_ROWS", 9)
+    with connected(config.cluster):
+        several = look(config, Folder.at(pairs), 2, 0.5)
+    assert several.digest != one.digest, "that is of the slices, of which there were several"
+    assert replace(several, digest=one.digest) == one
 
 
 def test_files_without_the_columns_are_named(tiny_policy: Path, tmp_path: Path) -> None:
