@@ -62,9 +62,6 @@ def connect(config: ClusterConfig) -> tuple[ClusterInfo, bool]:
             # At Ray's niceness of 15 an engine could not be told from the rewards beside it, which are to take what it leaves (`ScoreGroups`).
             system = {"prestart_worker_first_driver": False, "enable_metrics_collection": False, "worker_niceness": 0}
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this node away; one process less
-            os.environ.setdefault(
-                "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5"
-            )  # by which the end of a training, or of a worker, is noticed
             options |= {"num_cpus": cpus, "include_dashboard": False, "_system_config": system}
             description = f"a local cluster with {cpus} logical CPUs ({reason})"
         try:
