@@ -286,8 +286,8 @@ class ClusterConfig(Section):
     """How often a group may take its process down with it before it is recorded as failed; other groups go on."""
 
     max_failed_fraction: float = Field(0.5, gt=0, le=1)
-    """The run ends when more than this share of the finished groups failed (an error of the engine, a missing reward), looked at
-    from 32 groups on. What failed is tried again when the run is resumed. 1: never."""
+    """The run ends when more than this share of the latest 1,024 groups that a stage finished failed (an error of the engine, a missing
+    reward), looked at from 32 groups on. What failed is tried again when the run is resumed. 1: never."""
 
 
 class Config(Section):

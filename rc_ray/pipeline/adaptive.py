@@ -98,7 +98,9 @@ class AdaptiveGroups(GenerateGroups):
             self._score([row for row in rows if row["failure"] is None])
             if number == most:
                 return
-            rows, number = self._without_pair(rows), min(2 * number, most)
+            # One that could not be given as many as asked keeps what it has, and is not asked for more.
+            rows = [row for row in self._without_pair(rows) if len(row["candidates"]) >= number]
+            number = min(2 * number, most)
 
     def _score(self, rows: list[dict[str, Any]]) -> None:
         """Adds the rewards of the candidates that have none yet."""

@@ -33,7 +33,7 @@ from rc_ray.pipeline.budget import exhausted
 from rc_ray.pipeline.placement import EnginePlacement
 from rc_ray.pipeline.plan import Plan, Pool, is_generation, reward_threads
 from rc_ray.pipeline.policies import Policy, engines_of
-from rc_ray.pipeline.watchdog import TooManyFailedError, check_failed, guard
+from rc_ray.pipeline.watchdog import TooManyFailedError, check_failed, guard, session_counts
 from rc_ray.rewards.code import named_code, read_code
 
 if TYPE_CHECKING:
@@ -366,7 +366,7 @@ def _execute(dataset: Dataset, run: GroupRun, config: Config, board: Any, stage:
             for _ in guard(dataset, board, config.cluster).iter_internal_ref_bundles():
                 pass
             stages, errors = ray.get(board.state.remote())
-        check_failed(stages, errors, config.cluster.max_failed_fraction)
+        check_failed(session_counts(stages), errors, config.cluster.max_failed_fraction)
     except TooManyFailedError:
         give_back_failed(run, list(config.rewards), stage)
         raise

@@ -8,6 +8,7 @@ an error raised there ends the execution and reaches whoever reads the Dataset. 
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from rc_ray.config import ClusterConfig
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from rc_ray.pipeline.progress import StageProgress
 
 CHECK_INTERVAL_S = 5.0
-# Fewer finished groups say nothing about a run.
-FEWEST_GROUPS = 32
+# Fewer finished groups say nothing about a run, and what came before the latest of these nothing about now.
+FEWEST_GROUPS, RECENT_GROUPS = 32, 1024
 
 
 class TooManyFailedError(ClusterError):
@@ -48,6 +49,7 @@ class _State:
     def __init__(self, board: Any, config: ClusterConfig) -> None:
         self._board, self._timeout_s = board, config.stall_timeout_s
         self._max_failed_fraction = config.max_failed_fraction
+        self._recent = Recent()
         self._interval_s = min(CHECK_INTERVAL_S, self._timeout_s / 4)
         self._moved_s = self._checked_s = time.monotonic()
         self._seen: Any = None
@@ -65,23 +67,50 @@ class _State:
             stages, errors = self._seen, {}
         if stages != self._seen:
             self._seen, self._moved_s = stages, now
-            check_failed(stages, errors, self._max_failed_fraction)
+            check_failed(self._recent.counts(stages), errors, self._max_failed_fraction)
         elif now - self._moved_s >= self._timeout_s:
             raise ClusterError(stall_message(now - self._moved_s, operators(executor), errors, ray.available_resources()))
 
 
-def check_failed(stages: dict[str, StageProgress], errors: dict[str, str], max_failed_fraction: float) -> None:
+class Recent:
+    """Counts of the groups that each stage finished lately."""
+
+    def __init__(self) -> None:
+        self._earlier: dict[str, deque[tuple[int, int]]] = {}
+
+    def counts(self, stages: dict[str, StageProgress]) -> dict[str, tuple[int, int]]:
+        """Per stage the groups finished, and those of them that failed, since the latest call that is 1,024 groups ago, or since the session began."""
+        found = {}
+        for name, (done, failed) in session_counts(stages).items():
+            earlier = self._earlier.setdefault(name, deque([(0, 0)]))
+            while len(earlier) > 1 and done - earlier[1][0] >= RECENT_GROUPS:
+                earlier.popleft()
+            found[name] = done - earlier[0][0], failed - earlier[0][1]
+            earlier.append((done, failed))
+        return found
+
+
+def session_counts(stages: dict[str, StageProgress]) -> dict[str, tuple[int, int]]:
+    """Per stage the groups finished in this session, and those of them that failed."""
+    return {name: (stage.done - stage.resumed, stage.failed) for name, stage in stages.items()}
+
+
+def check_failed(counts: dict[str, tuple[int, int]], errors: dict[str, str], max_failed_fraction: float) -> None:
     """Ends a run that is plainly broken.
+
+    Args:
+        counts: per stage the groups finished, and those of them that failed.
+        errors: per stage the last one.
+        max_failed_fraction: the allowed share.
 
     Raises:
         TooManyFailedError: of at least 32 groups that a stage finished more than the allowed share failed.
     """
-    for stage in stages.values():
-        done = stage.done - stage.resumed
-        if done >= FEWEST_GROUPS and stage.failed > max_failed_fraction * done:
+    for name, (done, failed) in counts.items():
+        if done >= FEWEST_GROUPS and failed > max_failed_fraction * done:
             raise TooManyFailedError(
-                f"stage {stage.name}: {stage.failed} of {done} groups failed, more than cluster.max_failed_fraction = "
-                f"{max_failed_fraction:g} allows. Last error: {errors.get(stage.name, 'none')}.\n"
+                f"stage {name}: {failed} of the last {done} groups failed, more than cluster.max_failed_fraction = "
+                f"{max_failed_fraction:g} allows. Last error: {errors.get(name, 'none')}.\n"
                 "Mend the cause and run the same command again; what failed is tried again."
             )
 

@@ -30,11 +30,11 @@ class Replayed(AdaptiveGroups):
         self._selection = SelectionConfig(**selection)
         self._scorers = {name: ScorerPool([]) for name in ("a", "b")}
         self._scored = Reporter(None, "sample")
-        self.recorded, self.rounds = recorded, 0
+        self.recorded, self.rounds, self.given_up_at = recorded, 0, max_candidates + 1
 
     def _sample(self, rows: list[dict[str, Any]], number: int, block_died: bool) -> None:
         self.rounds += bool(rows)
-        for row in rows:
+        for row in rows if number < self.given_up_at else ():
             answers = self.recorded[row["prompt_id"]][:number]
             row["candidates"] = [
                 {"text": text, "token_ids": [0] * (len(text) // 4), "finish_reason": "stop", "seed": i, "logprob": -1.0}
@@ -71,6 +71,13 @@ def test_a_group_gets_as_many_again_until_it_has_a_pair_or_all() -> None:
 
 def test_the_last_round_ends_at_the_maximum() -> None:
     assert len(Replayed(RECORDED, 3, 7).outcome()["never"]["candidates"]) == 7
+
+
+def test_a_group_given_up_in_a_later_round_keeps_its_answers_and_is_not_asked_for_more() -> None:
+    replayed = Replayed(RECORDED, 2, 8)
+    replayed.given_up_at = 4
+    assert {len(row["candidates"]) for row in replayed.outcome().values()} == {2}
+    assert replayed.rounds == 2
 
 
 def test_a_pair_below_the_target_gap_is_not_enough() -> None:

@@ -9,7 +9,7 @@ import pytest
 from rc_ray.errors import ClusterError
 from rc_ray.pipeline.attempts import NUM_PARTS, AttemptBook, Attempts, parts
 from rc_ray.pipeline.progress import StageProgress
-from rc_ray.pipeline.watchdog import TooManyFailedError, check_failed, stall_message
+from rc_ray.pipeline.watchdog import Recent, TooManyFailedError, check_failed, session_counts, stall_message
 
 
 class Died(Exception):
@@ -107,10 +107,22 @@ def stage(done: int, failed: int, resumed: int = 0) -> dict[str, StageProgress]:
 
 def test_a_run_is_plainly_broken_from_32_groups_on() -> None:
     for fine in (stage(31, 31), stage(32, 16), stage(1000, 31, resumed=970), {}):
-        check_failed(fine, {}, 0.5)
-    with pytest.raises(TooManyFailedError, match=r"17 of 32 groups failed.*= 0.5 allows. Last error: out of luck"):
-        check_failed(stage(32, 17), {"score": "out of luck"}, 0.5)
+        check_failed(session_counts(fine), {}, 0.5)
+    with pytest.raises(TooManyFailedError, match=r"17 of the last 32 groups failed.*= 0.5 allows. Last error: out of luck"):
+        check_failed(session_counts(stage(32, 17)), {"score": "out of luck"}, 0.5)
     assert issubclass(TooManyFailedError, ClusterError)
+
+
+def test_an_outage_late_in_a_long_run_is_seen_in_its_latest_groups() -> None:
+    recent = Recent()
+    assert recent.counts(stage(1_000, 900, resumed=100)) == {"score": (900, 900)}, "all since the session began"
+    for done in range(1_100, 100_000, 100):
+        counts = recent.counts(stage(done, 900, resumed=100))
+    assert counts == {"score": (1_100, 0)}, "at least 1,024, and no more looks than that takes"
+    counts = recent.counts(stage(100_600, 1_600, resumed=100))
+    assert counts == {"score": (1_100, 700)}
+    with pytest.raises(TooManyFailedError, match=r"700 of the last 1100 groups"):
+        check_failed(counts, {}, 0.5)
 
 
 def operator(name: str, waiting: int = 0, running: int = 0, **actors: int) -> dict[str, Any]:
